@@ -1,0 +1,218 @@
+"""How fast a GPU works: iteration-time curves, the operating modes built from them, and the GPU that has them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from dataclasses import KW_ONLY
+from typing import Annotated, Protocol
+
+from pydantic import Field
+
+from fluidopt.errors import ContentionWarning, InvalidInput
+from fluidopt.inputs import Name, NonNegative, NonNegativeInt, Positive, PositiveInt, input_type
+
+
+class ContentionCurve(Protocol):
+    """What an iteration takes, in seconds; any curve (affine, tabulated, batch-dependent) answers these two."""
+
+    def mixed(self, chunk: float, decodes: float) -> float:
+        """Iteration time (s) with a prefill chunk of ``chunk`` tokens beside ``decodes`` decodes."""
+        ...
+
+    def decode_only(self, decodes: float) -> float:
+        """Iteration time (s) with ``decodes`` decodes and no prefill."""
+        ...
+
+
+@input_type
+class IterationTime:
+    """The affine curve of [L26]: ``alpha + beta C`` with a prefill chunk (eq. (3)), ``solo`` without (eq. (2)).
+
+    Published fits have ``alpha < solo``, so that below ``C = b0 = (solo - alpha)/beta`` the line falls under the
+    decode-only time and a prefill would speed decodes up. The curve is therefore ``max(solo, alpha + beta C)``
+    unless ``physical=False`` asks for the raw line.
+    """
+
+    _: KW_ONLY
+    alpha: NonNegative
+    """Intercept of the mixed iteration time, s."""
+    beta: NonNegative
+    """Slope of the mixed iteration time, s/token of prefill chunk."""
+    solo: Positive
+    """Decode-only iteration time 1/gamma, s."""
+    physical: bool = True
+    """Whether a prefill can only slow an iteration down (``max(solo, ...)``); False takes the line as it is."""
+
+    def __post_init__(self) -> None:
+        if self.alpha == 0 and self.beta == 0:
+            raise InvalidInput("alpha and beta are both 0, so a prefill would take no time; make one positive")
+
+    @property
+    def crossover_chunk(self) -> float:
+        """b0, tokens: the chunk at which the mixed line meets the decode-only time (inf where ``beta`` is 0)."""
+        if self.beta == 0:
+            return 0.0 if self.alpha >= self.solo else math.inf
+        return max(0.0, (self.solo - self.alpha) / self.beta)
+
+    def mixed(self, chunk: float, decodes: float = 0) -> float:  # noqa: ARG002 - the affine curve ignores decodes
+        """Iteration time tau (s) with a prefill chunk of ``chunk`` tokens, [L26] eq. (3)."""
+        line = self.alpha + self.beta * chunk
+        return max(self.solo, line) if self.physical else line
+
+    def decode_only(self, decodes: float = 0) -> float:  # noqa: ARG002
+        """Iteration time 1/gamma (s) without a prefill, [L26] eq. (2)."""
+        return self.solo
+
+
+@input_type
+class Mode:
+    """One way a GPU can run: a prefill chunk beside some decodes, decodes alone, or idle.
+
+    The mode with ``chunk > 0`` exists while its prefill runs. ``chunk = decode_slots = 0`` is idle and has no
+    iteration time.
+    """
+
+    name: Name
+    """Label of the mode; unique within its GPU."""
+    _: KW_ONLY
+    chunk: NonNegativeInt = 0
+    """C_k, prefill tokens per iteration; 0 where the mode only decodes."""
+    decode_slots: NonNegativeInt = 0
+    """b_k, decodes that run at most."""
+    iteration_time: Positive | None = None
+    """tau_k, s; none for the idle mode."""
+    after_prefill: str | None = None
+    """Name of the mode that the GPU falls into when the prefill ends; by default the decode-only mode with the
+    fewest slots that still holds ``decode_slots``, or the largest."""
+
+    def __post_init__(self) -> None:
+        idle = self.chunk == 0 and self.decode_slots == 0
+        if idle and self.iteration_time is not None:
+            raise InvalidInput("iteration_time must be left out of an idle mode (chunk = decode_slots = 0)")
+        if not idle and self.iteration_time is None:
+            raise InvalidInput("iteration_time is required unless the mode is idle (chunk = decode_slots = 0)")
+        if self.chunk == 0 and self.after_prefill is not None:
+            raise InvalidInput("after_prefill has no meaning in a mode without a prefill (chunk = 0); leave it out")
+
+    @property
+    def prefills(self) -> bool:
+        """Whether a prefill runs in this mode."""
+        return self.chunk > 0
+
+    @property
+    def prefill_speed(self) -> float:
+        """C_k/tau_k, prefill tokens/s of a GPU in this mode (0 without a prefill)."""
+        return self.chunk / self.iteration_time if self.iteration_time else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """1/tau_k, tokens/s of one decode in this mode (0 in the idle mode)."""
+        return 1.0 / self.iteration_time if self.iteration_time else 0.0
+
+
+@input_type
+class GPU:
+    """A GPU type: its iteration-time curve, its batch and chunk size, and the modes it can run in.
+
+    By default the modes are the pair of [L26]: *mixed* (chunk C beside B - 1 decodes) and *solo* (B decodes).
+    ``batch_size=1`` is allowed and means that a GPU prefills or decodes, never both at once.
+    """
+
+    curve: IterationTime
+    """Iteration time of this model on this GPU."""
+    _: KW_ONLY
+    batch_size: PositiveInt
+    """B, requests that one GPU batches at most (vLLM: max_num_seqs)."""
+    chunk_size: PositiveInt
+    """C, prefill tokens per iteration (vLLM: max_num_batched_tokens - (B - 1))."""
+    name: Name = "gpu"
+    """Label of the type; unique within a model."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the fleet that is of this type; the shares of a model add up to 1."""
+    operating_modes: tuple[Mode, ...] | None = None
+    """Modes to use in place of the pair; see `modes`."""
+
+    def __post_init__(self) -> None:
+        modes = self.modes()
+        twice = [name for name, count in Counter(mode.name for mode in modes).items() if count > 1]
+        if twice:
+            raise InvalidInput(f"operating_modes: mode names must be unique; {twice[0]!r} occurs more than once")
+        if not any(mode.prefills for mode in modes) and not any(mode.decode_slots for mode in modes):
+            raise InvalidInput("operating_modes has only idle modes; give one that prefills or decodes")
+        for mode in modes:
+            if mode.decode_slots > self.batch_size:
+                raise InvalidInput(
+                    f"operating_modes: mode {mode.name!r} has decode_slots {mode.decode_slots}, more than "
+                    f"batch_size {self.batch_size}"
+                )
+            if mode.prefills:
+                self.rest_mode(mode)
+
+    def modes(self) -> tuple[Mode, ...]:
+        """The operating modes of this type: ``operating_modes``, or else the mixed/solo pair of [L26]."""
+        if self.operating_modes is not None:
+            return self.operating_modes
+        beside = self.batch_size - 1
+        return (
+            Mode(
+                "mixed",
+                chunk=self.chunk_size,
+                decode_slots=beside,
+                iteration_time=self.curve.mixed(self.chunk_size, beside),
+                after_prefill="solo",
+            ),
+            Mode("solo", decode_slots=self.batch_size, iteration_time=self.curve.decode_only(self.batch_size)),
+        )
+
+    def rest_mode(self, mode: Mode) -> Mode:
+        """The mode that a GPU running ``mode`` falls into when its prefill ends.
+
+        Raises:
+            InvalidInput: where the type lists no such mode.
+        """
+        rests = [other for other in self.modes() if not other.prefills]
+        if mode.after_prefill is not None:
+            named = [other for other in rests if other.name == mode.after_prefill]
+            if not named:
+                raise InvalidInput(
+                    f"operating_modes: mode {mode.name!r} has after_prefill {mode.after_prefill!r}, which is not a "
+                    f"mode without prefill of this GPU; it has {[other.name for other in rests]}"
+                )
+            return named[0]
+        if mode.decode_slots == 0 and (idle := [other for other in rests if other.decode_slots == 0]):
+            return idle[0]
+        rests = sorted((other for other in rests if other.decode_slots), key=lambda other: other.decode_slots)
+        if not rests:
+            kind = "a decode-only mode" if mode.decode_slots else "an idle mode (chunk = decode_slots = 0)"
+            raise InvalidInput(
+                f"operating_modes: mode {mode.name!r} prefills, so the GPU needs {kind} to fall into when the "
+                "prefill ends; add one"
+            )
+        return next((other for other in rests if other.decode_slots >= mode.decode_slots), rests[-1])
+
+    @property
+    def kappa(self) -> float:
+        """Speed of solo decode relative to mixed decode, gamma tau, at this batch and chunk size."""
+        return self.curve.mixed(self.chunk_size, self.batch_size - 1) / self.curve.decode_only(self.batch_size)
+
+
+def warn_if_unphysical(gpu: GPU) -> None:
+    """Warn where a prefill would speed decodes up (kappa < 1), naming C, b0 and the guarantees that lapse."""
+    kappa, batch = gpu.kappa, gpu.batch_size
+    if gpu.operating_modes is not None or kappa >= 1:
+        return
+    lapsed = "the slot-average TPOT penalty is no longer convex"
+    if kappa < (batch - 1) / batch:
+        lapsed += (
+            f", and kappa < (B-1)/B = {(batch - 1) / batch:.4g}, so an optimal plan may need a decode queue "
+            "(Proposition 3.2 of [L26] does not apply)"
+        )
+    warnings.warn(
+        f"GPU {gpu.name!r}: at chunk_size {gpu.chunk_size} the mixed line is below the decode-only time "
+        f"(kappa = {kappa:.4g} < 1; the lines meet at b0 = {gpu.curve.crossover_chunk:.4g} tokens), so a prefill "
+        f"would speed decodes up; {lapsed}. Use physical=True or a larger chunk.",
+        ContentionWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,271 @@
+"""`FluidModel`: workload classes, GPUs and prices joined into the fluid LP, in symbols and as arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sympy
+from sympy import Expr
+
+from fluidopt.algebra import RowFamily, SymbolicProgram, relation_parts
+from fluidopt.contention import GPU, Mode, warn_if_unphysical
+from fluidopt.errors import InfeasibleModel, InvalidInput
+from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
+from fluidopt.program import LinearProgram, Numbers, lower
+from fluidopt.scenario import Charging, Scenario, read_scenario
+from fluidopt.solvers import SolverOptions, solve_program
+from fluidopt.solvers.infeasible import conflict
+from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
+
+if TYPE_CHECKING:
+    from fluidopt.plan import Plan
+
+
+class FluidModel:
+    """The steady-state fluid LP of a fleet (arXiv:2602.02987, eqs. (40) and (42), over operating modes).
+
+    Args:
+        classes: the workload; arrival rates per GPU.
+        gpus: the GPU type, or several types whose shares add up to 1.
+        prices: what a token earns.
+        charging: ``"bundled"`` (paid at completion) or ``"separate"`` (paid phase by phase).
+
+    Rows can be added in the model's own symbols with `subject_to` and the objective replaced with `maximize`; both
+    change this model and return it.
+    """
+
+    def __init__(
+        self,
+        classes: Workload | Sequence[WorkloadClass],
+        gpus: GPU | Sequence[GPU],
+        *,
+        prices: TokenPrices,
+        charging: Charging = "bundled",
+    ) -> None:
+        workload = as_workload(classes)
+        self.scenario = Scenario(
+            classes=workload.classes,
+            gpu=gpus if isinstance(gpus, GPU) else tuple(gpus),
+            prices=prices,
+            charging=charging,
+            source=workload.source,
+        )
+        self.symbolic: SymbolicProgram = replace(formulation(charging), labels=self.labels)
+        self._program: LinearProgram | None = None
+        for gpu in self.gpu_types:
+            warn_if_unphysical(gpu)
+
+    @classmethod
+    def from_scenario(cls, scenario: Scenario | str | Path) -> FluidModel:
+        """Build the model that a `Scenario`, or a scenario file, describes."""
+        if not isinstance(scenario, Scenario):
+            scenario = read_scenario(scenario)
+        model = cls(scenario.workload, scenario.gpu, prices=scenario.prices, charging=scenario.charging)
+        if scenario.gpus is not None:
+            model.scenario = replace(model.scenario, gpus=scenario.gpus)
+        return model
+
+    @property
+    def workload(self) -> Workload:
+        """The classes, arrival rates per GPU."""
+        return self.scenario.workload
+
+    @property
+    def gpu_types(self) -> tuple[GPU, ...]:
+        """The GPU types."""
+        return self.scenario.gpu_types
+
+    @property
+    def modes(self) -> tuple[tuple[GPU, Mode], ...]:
+        """Every mode with the GPU type it belongs to, in the order of index k."""
+        return tuple((gpu, mode) for gpu in self.gpu_types for mode in gpu.modes())
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Names of the members of each index set; modes are ``type/mode`` where there are several types."""
+        alone = len(self.gpu_types) == 1
+        return {
+            CLASSES.name: self.workload.names,
+            MODES.name: tuple(mode.name if alone else f"{gpu.name}/{mode.name}" for gpu, mode in self.modes),
+            TYPES.name: tuple(gpu.name for gpu in self.gpu_types),
+        }
+
+    @property
+    def symbols(self) -> Symbols:
+        """The model's symbols, for `subject_to` and `maximize`."""
+        return Symbols(self.labels)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether rows and objective are the built-in ones (nothing added by `subject_to` or `maximize`)."""
+        return self.symbolic == formulation(self.scenario.charging)
+
+    def subject_to(
+        self, relation: object, *, name: str, where: sympy.Basic = sympy.true, meaning: str = ""
+    ) -> FluidModel:
+        """Add a linear row, or one per member of the free indices of ``relation``.
+
+        Args:
+            relation: ``left <= right``, ``left >= right`` or ``sympy.Eq(left, right)`` in `symbols`.
+            name: of the family of rows; its shadow prices are listed under it.
+            where: a condition on parameters that selects the members (default: all).
+            meaning: the row in words, with ``{class}``, ``{mode}``, ``{gpu}`` standing for the labels.
+
+        Raises:
+            InvalidInput: where the row is not a relation, not linear, or uses what the model does not determine.
+        """
+        if relation is True or relation is False or relation in (sympy.true, sympy.false):
+            raise InvalidInput(f"subject_to: row {name!r} holds no variable (it is simply {relation})")
+        left, sense, right = relation_parts(relation)
+        row = RowFamily(
+            name,
+            left,
+            sense,
+            right,
+            self.symbolic.free_indices(left, right, where),
+            where=where,
+            meaning=meaning or f"{name}: {left} {sense} {right}",
+            dual=f"dual_{name}",
+            dual_unit="money/s per unit of the right side",
+        )
+        return self._replace(self.symbolic.with_row(row))
+
+    def maximize(self, objective: Expr) -> FluidModel:
+        """Replace the objective by a linear one in `symbols`; its value takes the place of the revenue rate."""
+        return self._replace(replace(self.symbolic, objective=sympy.sympify(objective)))
+
+    def _replace(self, symbolic: SymbolicProgram) -> FluidModel:
+        program = lower(symbolic, self.numbers())
+        self.symbolic, self._program = symbolic, program
+        return self
+
+    def numbers(self) -> Numbers:
+        """Labels and parameter values, in the names of `symbolic`."""
+        workload, modes = self.workload, self.modes
+        values: dict[str, Any] = {
+            "lambda": workload.arrival_rate,
+            "theta": workload.abandonment_rate,
+            "P": workload.prompt_tokens,
+            "D": workload.output_tokens,
+            "C": np.array([mode.chunk for _, mode in modes], dtype=float),
+            "b": np.array([mode.decode_slots for _, mode in modes], dtype=float),
+            # An idle mode makes no progress: an infinite iteration time gives it rates of 0.
+            "tau": np.array([mode.iteration_time or np.inf for _, mode in modes]),
+            "share": np.array([gpu.share for gpu in self.gpu_types]),
+            "member": np.array([[float(of is gpu) for of, _ in modes] for gpu in self.gpu_types]),
+            "c_p": np.float64(self.scenario.prices.prompt),
+            "c_d": np.float64(self.scenario.prices.output),
+        }
+        return Numbers(self.labels, values)
+
+    def program(self) -> LinearProgram:
+        """The model as sparse arrays."""
+        if self._program is None:
+            self._program = lower(self.symbolic, self.numbers())
+        return self._program
+
+    def solve(self, solver: str = "auto", *, options: SolverOptions | None = None) -> Plan:
+        """Compute the optimal plan, with its certificate.
+
+        Args:
+            solver: ``"auto"``, ``"highs"`` or ``"cvxpy"``.
+            options: limits and tolerance.
+
+        Raises:
+            InfeasibleModel: no plan satisfies all rows; the message names those that conflict.
+            SolverFailure: no answer that passes its certificate.
+        """
+        from fluidopt.plan import Plan
+
+        program = self.program()
+        try:
+            solution = solve_program(program, solver, options)
+        except InfeasibleModel as error:
+            raise self._explain(error, program) from None
+        return Plan.from_solution(self.copy(), program, solution)
+
+    def copy(self) -> FluidModel:
+        """A model with the same rows that later changes to this one do not touch."""
+        twin = object.__new__(FluidModel)
+        twin.scenario, twin.symbolic, twin._program = self.scenario, self.symbolic, self._program
+        return twin
+
+    def _explain(self, error: InfeasibleModel, program: LinearProgram) -> InfeasibleModel:
+        if error.kind == "unbounded":
+            return InfeasibleModel("the objective grows without limit; bound it with subject_to", kind="unbounded")
+        found = conflict(program)
+        message = f"no plan satisfies these rows together: {', '.join(found.rows)}."
+        if found.violated:
+            misses = ", ".join(
+                f"{name} by {abs(amount):.4g} ({'too low' if amount > 0 else 'too high'} on the left)"
+                for name, amount in list(found.violated.items())[:6]
+            )
+            message += f" The nearest point misses {misses}."
+        if any(name.startswith("prefill_balance") for name in found.rows):
+            message += self._patient_load()
+        return InfeasibleModel(message, rows=found.rows)
+
+    def _patient_load(self) -> str:
+        """What classes that never abandon ask of a mixed/solo fleet, against what it has."""
+        workload = self.workload
+        patient = workload.abandonment_rate == 0
+        pair = [mode for _, mode in self.modes]
+        if not patient.any() or len(pair) != 2 or not pair[0].prefills or pair[1].prefills:
+            return ""
+        mixed, solo = pair
+        kappa = mixed.iteration_time / solo.iteration_time if mixed.iteration_time and solo.iteration_time else np.nan
+        work = np.where(patient, workload.arrival_rate * workload.prompt_tokens / mixed.prefill_speed, 0.0)
+        decode = work * mixed.chunk * workload.output_tokens / workload.prompt_tokens
+        prefill_load = work.sum()
+        room = kappa * solo.decode_slots - (kappa * solo.decode_slots - mixed.decode_slots) * prefill_load
+        shares = ", ".join(
+            f"{name} {p:.3g} + {d:.3g}"
+            for name, p, d, each in zip(workload.names, work, decode, patient, strict=True)
+            if each
+        )
+        return (
+            f" Classes that never abandon must be served in full: they need {prefill_load:.4g} of 1 prefill slot and "
+            f"{decode.sum():.4g} of {max(room, 0.0):.4g} decode slots per GPU (prefill + decode by class: {shares}). "
+            "Add GPUs (lower the arrival rates per GPU) or give a class an abandonment rate."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model's inputs as JSON-able data; `FluidModel.from_dict` reads it back."""
+        if not self.is_standard:
+            raise InvalidInput(
+                "a model with rows or an objective written in symbols has no JSON form; save model.scenario and add "
+                "the rows again after reading it"
+            )
+        return self.scenario.to_dict()
+
+    @classmethod
+    def from_dict(cls, data: object) -> FluidModel:
+        """Build a model from what `to_dict` returned."""
+        return cls.from_scenario(Scenario.from_dict(data))
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FluidModel):
+            return NotImplemented
+        return self.scenario == other.scenario and self.symbolic == other.symbolic
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        extra = len(self.symbolic.constraints) - len(formulation(self.scenario.charging).constraints)
+        rows = f", {extra} added row families" if extra else ""
+        return (
+            f"FluidModel({len(self.workload)} classes, {len(self.modes)} modes, "
+            f"{self.scenario.charging} charging{rows})"
+        )
+
+    def _repr_latex_(self) -> str:
+        return self.symbolic._repr_latex_()

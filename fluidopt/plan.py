@@ -1,0 +1,412 @@
+"""`Plan`: the solved fluid LP (allocation, shadow prices, price thresholds) with its certificate of optimality."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.model import FluidModel
+from fluidopt.program import Array, LinearProgram
+from fluidopt.solvers import Certificate, Solution, certify
+from fluidopt.tables import html, text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidopt.policy import Policy
+
+# Relative to a class's value or load; well above the certificate's tolerance, far below anything one would act on.
+SIGNIFICANT = 1e-6
+# Below this, relative to a class's value, a margin is rounding.
+NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An optimal plan. All quantities are per GPU; all money rates per second.
+
+    Class-by-mode numbers are not unique in the model as the paper poses it (only totals are): the plan reports the
+    canonical split, in which every class has the same share of each mode's prefill and decode work.
+    """
+
+    model: FluidModel
+    program: LinearProgram
+    solution: Solution
+    tolerance: float = 1e-7
+
+    @classmethod
+    def from_solution(cls, model: FluidModel, program: LinearProgram, solution: Solution) -> Plan:
+        """Make a plan of a solver's answer, split canonically where the model leaves the split open."""
+        plan = cls(model, program, solution)
+        return plan._canonical() if model.is_standard else plan
+
+    def _canonical(self) -> Plan:
+        """The same totals, every class with the same share of each mode's work; certified anew."""
+        workload = self.model.workload
+        theta = workload.abandonment_rate
+        prefill_work = workload.prompt_tokens * self.admitted
+        throughput = self._even_throughput() if self.model.scenario.charging == "separate" else self.throughput
+        grids = {
+            "x": _split(self.mode_share, prefill_work, self._has("x")),
+            "y": _split(np.nansum(self.decode, axis=0), workload.output_tokens * throughput, self._has("y")),
+            "q_d": (self.admitted - throughput) / np.where(theta > 0, theta, 1.0),
+        }
+        values = self.solution.values.copy()
+        for block in self.program.columns:
+            if block.name in grids:
+                exists = block.numbers >= 0
+                values[block.numbers[exists]] = np.maximum(grids[block.name][exists], 0.0)
+        certificate = certify(self.program, values, self.solution.duals)
+        if not certificate.holds(self.tolerance):
+            raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
+        return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
+
+    def _even_throughput(self) -> Array:
+        """Completions per class when all impatient classes complete the same share of what is prefilled.
+
+        Separate charging pays decode tokens of all classes alike, so it leaves open whose decodes run; a first-come
+        first-served decode buffer with equal abandonment rates shares them evenly.
+        """
+        workload = self.model.workload
+        work = workload.output_tokens * self.admitted
+        patient = workload.abandonment_rate == 0
+        decoded = workload.output_tokens @ self.throughput - work[patient].sum()
+        offered = work[~patient].sum()
+        share = min(1.0, max(0.0, decoded / offered)) if offered > 0 else 1.0
+        return np.where(patient, self.admitted, share * self.admitted)
+
+    def _has(self, name: str) -> Array:
+        """Shape (K,): 1 in the modes where the variable exists."""
+        return (~np.isnan(self._grids[name])).any(axis=0).astype(float)
+
+    # ---- the allocation ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _grids(self) -> dict[str, Array]:
+        return self.program.column_grids(self.solution.values)
+
+    @property
+    def certificate(self) -> Certificate:
+        """Primal and dual residuals and gap, computed from the arrays."""
+        return self.solution.certificate
+
+    @property
+    def objective(self) -> float:
+        """Value of what was maximised; the revenue rate unless `FluidModel.maximize` replaced it."""
+        return self.certificate.objective
+
+    @cached_property
+    def revenue_rate(self) -> float:
+        """R*, money/s per GPU, under the model's charging scheme."""
+        if self.model.is_standard:
+            return self.objective
+        workload, prices = self.model.workload, self.model.scenario.prices
+        if self.model.scenario.charging == "bundled":
+            return float(self._request_value @ self.throughput)
+        return float(
+            prices.prompt * (workload.prompt_tokens @ self.admitted)
+            + prices.output * (workload.output_tokens @ self.throughput)
+        )
+
+    @cached_property
+    def _request_value(self) -> Array:
+        """w, shape (I,): money per completed request, [L26] eq. (21)."""
+        prices, workload = self.model.scenario.prices, self.model.workload
+        return prices.prompt * workload.prompt_tokens + prices.output * workload.output_tokens
+
+    @property
+    def mode_share(self) -> Array:
+        """phi, shape (K,): fraction of the fleet in each mode."""
+        return self._grids["phi"]
+
+    @property
+    def prefill(self) -> Array:
+        """x, shape (I, K): prefills in service per GPU; NaN in modes without prefill."""
+        return self._grids["x"]
+
+    @property
+    def decode(self) -> Array:
+        """y, shape (I, K): decodes in service per GPU; NaN in modes without decode slots."""
+        return self._grids["y"]
+
+    @property
+    def prefill_queue(self) -> Array:
+        """q_p, shape (I,): requests waiting for prefill per GPU; NaN where not determined (patient classes)."""
+        return self._grids["q_p"]
+
+    @property
+    def decode_queue(self) -> Array:
+        """q_d, shape (I,): requests waiting for decode per GPU; NaN where not determined (patient classes)."""
+        return self._grids["q_d"]
+
+    @cached_property
+    def admitted(self) -> Array:
+        """a, shape (I,): prefills completed, requests/s per GPU."""
+        speed = np.array([mode.prefill_speed for _, mode in self.model.modes])
+        tokens: Array = np.nansum(self.prefill * speed, axis=1)
+        return tokens / self.model.workload.prompt_tokens
+
+    @cached_property
+    def throughput(self) -> Array:
+        """z, shape (I,): requests completed, requests/s per GPU."""
+        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
+        tokens: Array = np.nansum(self.decode * speed, axis=1)
+        return tokens / self.model.workload.output_tokens
+
+    @cached_property
+    def allocation(self) -> pd.DataFrame:
+        """A row per class: prefills, decodes per mode, queues (requests/GPU), throughput (requests/s/GPU)."""
+        import pandas as pd
+
+        labels = self.model.labels
+        prefills = [k for k in range(len(labels["mode"])) if self._has("x")[k]]
+        columns: dict[str, Array] = {"prefill": np.nansum(self.prefill, axis=1)}
+        if len(prefills) > 1:
+            columns |= {f"prefill[{labels['mode'][k]}]": self.prefill[:, k] for k in prefills}
+        columns |= {f"decode[{name}]": self.decode[:, k] for k, name in enumerate(labels["mode"]) if self._has("y")[k]}
+        columns |= {
+            "prefill_queue": self.prefill_queue,
+            "decode_queue": self.decode_queue,
+            "throughput": self.throughput,
+        }
+        return pd.DataFrame(columns, index=pd.Index(labels["class"], name="class"))
+
+    @cached_property
+    def modes(self) -> pd.DataFrame:
+        """A row per mode: fraction of the fleet, and the slots that are in use there (requests/GPU)."""
+        import pandas as pd
+
+        modes = self.model.modes
+        columns = {
+            "fleet_share": self.mode_share,
+            "prefill": np.nansum(self.prefill, axis=0),
+            "decode": np.nansum(self.decode, axis=0),
+            "decode_slots": np.array([mode.decode_slots for _, mode in modes]) * self.mode_share,
+            "iteration_time": [mode.iteration_time for _, mode in modes],
+        }
+        return pd.DataFrame(columns, index=pd.Index(self.model.labels["mode"], name="mode"))
+
+    @property
+    def slot_average_tpot(self) -> float:
+        """Seconds per token averaged over decode slots, all counted full ([L26] eq. (47)); not what a user sees."""
+        slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
+        times = np.array([mode.iteration_time or 0.0 for _, mode in self.model.modes])
+        return float(slots @ times / slots.sum()) if slots.sum() > 0 else float("nan")
+
+    # ---- prices -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shadow_prices(self) -> pd.Series[float]:
+        """Dual of every row by name: d(maximum)/d(right side of the row).
+
+        ``fleet[g]``: money/s per GPU if the whole share of type g grew; ``prefill_balance[i]``: money per additional
+        arriving request of class i (phi_i of [L26]); ``decode_balance[i]``: money per additional prefilled request
+        (eta_i); ``decode_slots[k]``: money/s per additional decode slot.
+        """
+        import pandas as pd
+
+        return pd.Series(self.solution.duals, index=pd.Index(self.program.row_names, name="row"), name="shadow_price")
+
+    @cached_property
+    def class_margin(self) -> Array:
+        """Shape (I,): value of one more arriving request, money; negative where serving it would cost more than it
+        brings. The reduced value r_i/mu_p,i of the price threshold rule."""
+        duals = self.program.row_grids(self.solution.duals)
+        reduced = self.program.column_grids(self.program.matrix.T @ self.solution.duals - self.program.objective)["x"]
+        speed = np.array([mode.prefill_speed for _, mode in self.model.modes])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_request = reduced * self.model.workload.prompt_tokens[:, None] / speed
+        margin: Array = duals["prefill_balance"] - np.nanmin(per_request, axis=1)
+        return np.where(np.abs(margin) > NEGLIGIBLE * (1.0 + self._request_value), margin, 0.0)
+
+    @cached_property
+    def thresholds(self) -> pd.DataFrame:
+        """The price rule, a row per class: serve all, part, or turn away, and how far the class is from changing.
+
+        ``value``: money per completed request; ``margin``: value less the price of the capacity it takes, money per
+        request (> 0: serve all, < 0: turn away, 0: the class at the threshold); ``served``: share of the arrivals
+        that is prefilled.
+        """
+        import pandas as pd
+
+        workload = self.model.workload
+        margin, value = self.class_margin, self._request_value
+        with np.errstate(divide="ignore", invalid="ignore"):
+            served = np.where(workload.arrival_rate > 0, self.admitted / workload.arrival_rate, np.nan)
+        decision = np.select(
+            [workload.abandonment_rate == 0, margin > SIGNIFICANT * value, margin < -SIGNIFICANT * value],
+            ["serve all (never abandons)", "serve all", "turn away"],
+            "serve part",
+        )
+        columns = {"decision": decision, "served": served, "margin": margin, "value": value}
+        return pd.DataFrame(columns, index=pd.Index(workload.names, name="class"))
+
+    @cached_property
+    def binding(self) -> tuple[str, ...]:
+        """The limits that hold the objective back, in words, with what relaxing each by one unit is worth."""
+        sentences = []
+        rows = {row.name: row for row in self.model.symbolic.constraints}
+        for block in self.program.rows:
+            row = rows[block.name]
+            if row.sense == "==" and row.name != "prefill_balance":
+                continue
+            for place in np.argwhere(block.numbers >= 0):
+                price = float(self.solution.duals[block.numbers[tuple(place)]])
+                if abs(price) <= SIGNIFICANT * (1.0 + abs(self.objective)):
+                    continue
+                labels = {index.name: block.labels[axis][place[axis]] for axis, index in enumerate(row.over)}
+                meaning = row.meaning.format_map(labels)
+                sentences.append(f"{meaning}: {price:.6g} {row.dual_unit}")
+        return tuple(sentences)
+
+    # ---- what to know about this plan -------------------------------------------------------------------------
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the numbers do not show: undetermined queues, a decode queue, conditions that do not hold."""
+        found = []
+        workload = self.model.workload
+        patient = [name for name, theta in zip(workload.names, workload.abandonment_rate, strict=True) if theta == 0]
+        if patient:
+            found.append(
+                f"never abandon, so their queue lengths are not determined: {_list(patient)}; they are served in full"
+            )
+        queue = np.nan_to_num(self.decode_queue)
+        waiting = [name for name, q in zip(workload.names, queue, strict=True) if q > SIGNIFICANT]
+        if waiting:
+            why = (
+                "separate charging pays for prefills whose decode never runs"
+                if self.model.scenario.charging == "separate"
+                else "decode slots are faster in mixed modes here, so Proposition 3.2 does not apply"
+                if not self.decode_buffer_vanishes
+                else "added rows or another objective ask for it"
+            )
+            found.append(f"requests wait for decode in {_list(waiting)}: {why}")
+        if self.model.scenario.charging == "separate" and waiting:
+            found.append(
+                "which decodes run is not unique under separate charging; the plan gives every class the same share"
+            )
+        if self.model.is_standard and self.model.scenario.charging == "bundled" and not self.decode_buffer_vanishes:
+            found.append("the condition of decode-buffer elimination (kappa >= (B-1)/B) does not hold")
+        return tuple(found)
+
+    @cached_property
+    def decode_buffer_vanishes(self) -> bool:
+        """Whether Proposition 3.2's condition holds: some optimum of the bundled LP has no decode queue.
+
+        kappa >= (B-1)/B for the mixed/solo pair; in general, in every GPU type a mode without prefill has the
+        largest decode throughput b/tau.
+        """
+        for gpu in self.model.gpu_types:
+            speeds = [(mode.decode_slots * mode.decode_speed, mode.prefills) for mode in gpu.modes()]
+            best = max(speed for speed, _ in speeds)
+            if not any(speed >= best * (1 - 1e-12) for speed, prefills in speeds if not prefills):
+                return False
+        return True
+
+    # ---- onwards ----------------------------------------------------------------------------------------------
+
+    def policy(self, *, gpus: int | None = None, kind: str | None = None) -> Policy:
+        """Read the policy for a fleet of ``gpus`` GPUs off the plan.
+
+        Args:
+            gpus: n, at least 1 (default: the scenario's own number).
+            kind: ``"gate-and-route"`` or ``"prioritize-and-route"``; by default the one that belongs to the charging
+                scheme.
+
+        Raises:
+            InvalidInput: an unknown kind, or fewer GPUs than the plan needs roles.
+        """
+        from fluidopt.policy import extract
+
+        gpus = gpus if gpus is not None else self.model.scenario.gpus
+        if gpus is None:
+            raise InvalidInput("Plan.policy: gpus (number of GPUs in the fleet) is required")
+        return extract(self, gpus=gpus, kind=kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data: the model, the primal and dual vectors; `from_dict` certifies them anew."""
+        return {
+            "model": self.model.to_dict(),
+            "method": self.solution.method,
+            "values": self.solution.values.tolist(),
+            "duals": self.solution.duals.tolist(),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Read a plan back; raises `InvalidInput` where its numbers do not solve its model."""
+        try:
+            model = FluidModel.from_dict(data["model"])
+            values, duals = np.array(data["values"], dtype=float), np.array(data["duals"], dtype=float)
+            method = str(data["method"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"not a saved plan: {error!r}") from None
+        program = model.program()
+        if (duals.size, values.size) != program.shape:
+            raise InvalidInput(
+                f"not a saved plan of this model: {values.size} values and {duals.size} duals for "
+                f"{program.shape[1]} columns and {program.shape[0]} rows"
+            )
+        plan = cls(model, program, Solution(values, duals, certify(program, values, duals), method))
+        if not plan.certificate.holds(plan.tolerance):
+            raise InvalidInput(f"the saved plan does not solve its model: {plan.certificate}")
+        return plan
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return (
+            self.model == other.model
+            and np.array_equal(self.solution.values, other.solution.values)
+            and np.array_equal(self.solution.duals, other.solution.duals)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Plan: {self.revenue_rate:.6g} money/s per GPU ({self.model.scenario.charging} charging)",
+            f"{self.solution.method}; {self.certificate}",
+            "",
+            text(self.modes),
+            "",
+            text(self.allocation),
+            "",
+            text(self.thresholds),
+        ]
+        if self.binding:
+            lines += ["", "Held back by", *(f"  {sentence}" for sentence in self.binding[:12])]
+        if self.notes:
+            lines += ["", *(f"Note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        title = f"Plan: {self.revenue_rate:.6g} money/s per GPU ({self.model.scenario.charging} charging)"
+        parts = [
+            html(self.modes, title=title, note=f"{self.solution.method}; {self.certificate}"),
+            html(self.allocation, title="Allocation (requests/GPU; throughput in requests/s/GPU)"),
+            html(self.thresholds, title="Price thresholds (money/request)", note=" — ".join(self.notes) or None),
+        ]
+        return "".join(parts)
+
+
+def _split(totals: Array, work: Array, exists: Array) -> Array:
+    """Share each mode's total over classes in proportion to ``work``; shape (I, K)."""
+    amount = work.sum()
+    share = work / amount if amount > 0 else np.zeros_like(work)
+    return np.outer(share, np.where(exists > 0, totals, 0.0))
+
+
+def _list(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,148 @@
+"""How a policy is read off a plan: whole numbers of GPUs per role, gate targets, router order ([L26] section 4)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from fluidopt.contention import GPU, Mode
+from fluidopt.errors import InvalidInput
+from fluidopt.policy.rules import Gate, Kind, Policy, Role, Router, Targets
+from fluidopt.program import Array
+
+if TYPE_CHECKING:
+    from fluidopt.plan import Plan
+
+# Fleet fractions and occupancies below this are solver noise, not a wish for a GPU.
+NOISE = 1e-9
+
+
+def extract(plan: Plan, *, gpus: int, kind: str | None = None) -> Policy:
+    """Read the policy for ``gpus`` GPUs off ``plan`` (see `fluidopt.plan.Plan.policy`)."""
+    charging = plan.model.scenario.charging
+    kind = kind or ("gate-and-route" if charging == "bundled" else "prioritize-and-route")
+    if kind not in get_args(Kind):
+        raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {kind!r}")
+    if isinstance(gpus, bool) or int(gpus) != gpus or gpus < 1:
+        raise InvalidInput(f"policy: gpus must be a whole number of at least 1; got {gpus!r}")
+    roles = assign_roles(plan, int(gpus))
+    return Policy(
+        kind=kind,  # type: ignore[arg-type]
+        gpus=int(gpus),
+        scenario=plan.model.scenario,
+        roles=roles,
+        targets=_targets(plan, roles),
+        gate=Gate(rule="occupancy" if kind == "gate-and-route" else "priority"),
+        router=Router(order=tuple(role.name for role in sorted(roles, key=_preference) if role.decode_slots)),
+        revenue_bound=plan.revenue_rate,
+    )
+
+
+def _targets(plan: Plan, roles: tuple[Role, ...]) -> Targets:
+    labels = plan.model.labels["mode"]
+    by_mode = {
+        "prefill": dict(zip(labels, np.nansum(plan.prefill, axis=0).tolist(), strict=True)),
+        "decode": dict(zip(labels, np.nansum(plan.decode, axis=0).tolist(), strict=True)),
+    }
+    return Targets(
+        prefill=_clean(np.nansum(plan.prefill, axis=1)),
+        decode=_clean(np.nansum(plan.decode, axis=1)),
+        prefill_queue=_clean(plan.prefill_queue),
+        decode_queue=_clean(plan.decode_queue),
+        admitted=_clean(plan.admitted),
+        throughput=_clean(plan.throughput),
+        role_prefill={role.name: by_mode["prefill"][role.name] for role in roles},
+        role_decode={role.name: by_mode["decode"][role.name] for role in roles},
+    )
+
+
+def _clean(values: Array) -> tuple[Any, ...]:
+    """Solver noise to 0, what is not determined to None."""
+    return tuple(None if math.isnan(value) else value if value > NOISE else 0.0 for value in values.tolist())
+
+
+def assign_roles(plan: Plan, gpus: int) -> tuple[Role, ...]:
+    """Give every GPU a role.
+
+    Of each type, ``ceil(n phi)`` GPUs may prefill, split over its prefill modes by largest remainder; the rest decode
+    only, split likewise over its decode-only modes. A type without a decode-only mode prefills with all its GPUs.
+
+    Raises:
+        InvalidInput: where ``gpus`` is too small for every type to get a GPU, or for the plan's prefills and decodes
+            to have one each.
+    """
+    types = plan.model.gpu_types
+    counts = largest_remainder(np.array([gpu.share for gpu in types]), gpus)
+    missing = [gpu.name for gpu, count in zip(types, counts, strict=True) if count == 0]
+    if missing:
+        raise InvalidInput(
+            f"policy: {gpus} GPU(s) are too few for {len(types)} GPU types with these shares "
+            f"(type {missing[0]!r} gets none); use a larger fleet"
+        )
+    roles: list[Role] = []
+    first = 0
+    for gpu, count in zip(types, counts, strict=True):
+        share = plan.mode_share[first : first + len(gpu.modes())]
+        prefix = "" if len(types) == 1 else f"{gpu.name}/"
+        roles += _roles_of(gpu, share, int(count), gpus, prefix)
+        first += len(gpu.modes())
+    if plan.admitted.sum() > NOISE and not any(role.prefill and role.gpus for role in roles):
+        raise InvalidInput(f"policy: no GPU of {gpus} is left to prefill; use a larger fleet")
+    if plan.throughput.sum() > NOISE and not any(role.decode_slots * role.gpus for role in roles):
+        raise InvalidInput(
+            f"policy: with {gpus} GPU(s) every GPU prefills and none has a decode slot; use a larger fleet"
+        )
+    return tuple(role for role in roles if role.gpus)
+
+
+def _roles_of(gpu: GPU, share: Array, count: int, fleet: int, prefix: str) -> list[Role]:
+    modes = gpu.modes()
+    prefills = [k for k, mode in enumerate(modes) if mode.prefills]
+    decodes = [k for k, mode in enumerate(modes) if not mode.prefills and mode.decode_slots]
+    if not prefills or not decodes:
+        able = prefills or decodes
+        split = _spread(share, able, count)
+        return [_role(gpu, modes[k], number, prefix) for k, number in zip(able, split, strict=True)]
+    wanted = min(count, math.ceil(fleet * float(share[prefills].sum()) - NOISE))
+    return [
+        _role(gpu, modes[k], number, prefix)
+        for able, total in ((prefills, wanted), (decodes, count - wanted))
+        for k, number in zip(able, _spread(share, able, total), strict=True)
+    ]
+
+
+def _spread(share: Array, able: list[int], total: int) -> list[int]:
+    weight = np.where(share[able] > NOISE, share[able], 0.0)
+    if weight.sum() == 0:
+        weight = np.zeros(len(able))
+        weight[-1] = 1.0
+    return [int(number) for number in largest_remainder(weight / weight.sum(), total)]
+
+
+def _role(gpu: GPU, mode: Mode, count: int, prefix: str) -> Role:
+    return Role(
+        prefix + mode.name,
+        gpu=gpu.name,
+        gpus=count,
+        prefill=mode if mode.prefills else None,
+        rest=gpu.rest_mode(mode) if mode.prefills else mode,
+        decode_slots=mode.decode_slots,
+        slots=mode.decode_slots + (1 if mode.prefills else 0),
+    )
+
+
+def _preference(role: Role) -> tuple[bool, float]:
+    """Decode-only roles first, then by how fast a decode runs there."""
+    running = role.prefill or role.rest
+    return role.prefill is not None, running.iteration_time or math.inf
+
+
+def largest_remainder(weights: Array, total: int) -> Array:
+    """Split ``total`` into whole numbers in proportion to ``weights`` (shape (k,), sum 1), shape (k,)."""
+    exact = weights * total
+    counts = np.floor(exact + NOISE).astype(int)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: total - int(counts.sum())]] += 1
+    return counts

@@ -1,0 +1,275 @@
+"""Linear programs as sparse arrays, and how templates are lowered to them.
+
+``max objective @ x`` subject to ``row_lower <= matrix @ x <= row_upper`` and ``x >= 0``. Each step keeps the map back
+to the user's names. Nothing here knows about LLMs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+from scipy import sparse
+from sympy import Expr, Indexed, Integer, Symbol
+
+from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, unprimed
+from fluidopt.errors import InvalidInput
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A family of rows or columns inside a program: the numbers of its members on the full grid of its sets."""
+
+    name: str
+    labels: tuple[tuple[str, ...], ...]
+    numbers: NDArray[np.int64]
+    """Row or column number of each member, shape of the grid; -1 where the member does not exist."""
+
+    def names(self) -> list[str]:
+        """``name[label, ...]`` of the members that exist, in order of their numbers."""
+        if not self.labels:
+            return [self.name]
+        return [
+            f"{self.name}[{', '.join(labels[at] for labels, at in zip(self.labels, place, strict=True))}]"
+            for place in np.argwhere(self.numbers >= 0)
+        ]
+
+    def grid(self, values: Array) -> Array:
+        """Spread a vector over all rows or columns back onto the grid; NaN where the member does not exist."""
+        return np.where(self.numbers >= 0, values[self.numbers], np.nan)
+
+
+@dataclass(frozen=True)
+class LinearProgram:
+    """A linear program to be maximised, over nonnegative columns, with the names of its rows and columns."""
+
+    objective: Array
+    """Shape (columns,)."""
+    matrix: sparse.csc_array
+    """Shape (rows, columns)."""
+    row_lower: Array
+    """Shape (rows,); -inf where there is none."""
+    row_upper: Array
+    """Shape (rows,); inf where there is none."""
+    rows: tuple[Block, ...]
+    columns: tuple[Block, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return len(self.row_lower), len(self.objective)
+
+    @cached_property
+    def row_names(self) -> list[str]:
+        """``family[label, ...]`` of every row."""
+        return [name for block in self.rows for name in block.names()]
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """``variable[label, ...]`` of every column."""
+        return [name for block in self.columns for name in block.names()]
+
+    def row_grids(self, values: Array) -> dict[str, Array]:
+        """A vector over rows as one array per family, on the grid of its index sets."""
+        return {block.name: block.grid(values) for block in self.rows}
+
+    def column_grids(self, values: Array) -> dict[str, Array]:
+        """A vector over columns as one array per variable, on the grid of its index sets."""
+        return {block.name: block.grid(values) for block in self.columns}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a symbolic program needs to become arrays: labels of the sets, values of the given parameters."""
+
+    labels: Mapping[str, tuple[str, ...]]
+    values: Mapping[str, Array]
+
+
+def lower(program: SymbolicProgram, numbers: Numbers) -> LinearProgram:
+    """Lower templates to sparse rows: each coefficient is compiled once and evaluated on whole arrays.
+
+    Raises:
+        InvalidInput: where a row is not linear, or uses a variable that the model does not determine.
+    """
+    return _Lowering(program, numbers).run()
+
+
+class _Lowering:
+    def __init__(self, program: SymbolicProgram, numbers: Numbers) -> None:
+        self.program = program
+        self.numbers = numbers
+        self.parameters: dict[Expr, Parameter] = {each.symbol: each for each in program.parameters}
+        self.arrays: dict[Expr, Array] = {}
+        self.columns: dict[Expr, Block] = {}
+
+    def run(self) -> LinearProgram:
+        start = 0
+        for variable in self.program.variables:
+            block = self.block(variable.name, variable.over, variable.exists, start)
+            self.columns[variable.symbol] = block
+            start += int((block.numbers >= 0).sum())
+        entries: list[tuple[NDArray[np.int64], NDArray[np.int64], Array]] = []
+        rows: list[Block] = []
+        lower, upper = [], []
+        count = 0
+        for family in self.program.constraints:
+            block = self.block(family.name, family.over, family.where, count)
+            size = int((block.numbers >= 0).sum())
+            constant = self.family(family, block, entries)
+            right = -constant[block.numbers.ravel() >= 0]
+            lower.append(np.full(size, -np.inf) if family.sense == "<=" else right)
+            upper.append(np.full(size, np.inf) if family.sense == ">=" else right)
+            rows.append(block)
+            count += size
+        row, column, value = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        matrix = sparse.coo_array((value, (row, column)), shape=(count, start)).tocsc()
+        return LinearProgram(
+            objective=self.objective(start),
+            matrix=matrix,
+            row_lower=np.concatenate(lower),
+            row_upper=np.concatenate(upper),
+            rows=tuple(rows),
+            columns=tuple(self.columns.values()),
+        )
+
+    def size(self, index: IndexSet) -> int:
+        return len(self.numbers.labels[index.name])
+
+    def index_of(self, symbol: Symbol) -> IndexSet:
+        """The set that an index symbol runs over."""
+        return self.program.index_of[unprimed(symbol)]
+
+    def block(self, name: str, over: tuple[IndexSet, ...], where: sympy.Basic, start: int) -> Block:
+        """Number the members of a family consecutively from ``start``."""
+        shape = tuple(self.size(index) for index in over)
+        mask = np.broadcast_to(self.evaluate(where, tuple(index.symbol for index in over)), shape).astype(bool)
+        numbers = np.where(mask, start - 1 + np.cumsum(mask).reshape(shape), -1)
+        return Block(name, tuple(self.numbers.labels[index.name] for index in over), numbers)
+
+    def family(self, family: RowFamily, block: Block, entries: list[Any]) -> Array:
+        """Append the entries of one family; return its constant part on the grid, flattened."""
+        over = tuple(index.symbol for index in family.over)
+        constant = np.zeros(block.numbers.shape)
+        for term in self.program.terms(family.left - family.right):
+            axes = over + term.bound
+            shape = tuple(self.size(self.index_of(symbol)) for symbol in axes)
+            value = np.broadcast_to(self.evaluate(term.coefficient, axes), shape)
+            if term.variable is None:
+                constant = constant + value.sum(axis=tuple(range(len(over), len(axes))))
+                continue
+            row = np.broadcast_to(block.numbers.reshape(block.numbers.shape + (1,) * len(term.bound)), shape)
+            column = np.broadcast_to(self.column(term.variable, axes), shape)
+            used = (value != 0) & (row >= 0)
+            self.refuse_undetermined(family, term.variable, axes, used & (column < 0))
+            used &= column >= 0
+            entries.append((row[used], column[used], value[used]))
+        return constant.ravel()
+
+    def objective(self, columns: int) -> Array:
+        total = np.zeros(columns)
+        for term in self.program.terms(self.program.objective):
+            if term.variable is None:
+                raise InvalidInput(f"maximize: the constant {term.coefficient} changes no decision; leave it out")
+            shape = tuple(self.size(self.index_of(symbol)) for symbol in term.bound)
+            value = np.broadcast_to(self.evaluate(term.coefficient, term.bound), shape)
+            column = np.broadcast_to(self.column(term.variable, term.bound), shape)
+            used = column >= 0
+            total += np.bincount(column[used], weights=value[used], minlength=columns)
+        return total
+
+    def column(self, indexed: Indexed, axes: tuple[Symbol, ...]) -> NDArray[np.int64]:
+        """Column numbers of a variable, as an array that broadcasts over ``axes``."""
+        return _spread(self.columns[indexed.base].numbers, indexed.indices, axes)
+
+    def refuse_undetermined(
+        self, family: RowFamily, indexed: Indexed, axes: tuple[Symbol, ...], missing: NDArray[np.bool_]
+    ) -> None:
+        variable = self.program.variable_of(indexed)
+        if variable.absent is None or not missing.any():
+            return
+        place = np.argwhere(missing)[0]
+        labels = [
+            self.numbers.labels[each.name][int(index) if isinstance(index, Integer) else place[axes.index(index)]]
+            for each, index in zip(variable.over, indexed.indices, strict=True)
+        ]
+        raise InvalidInput(
+            f"row {family.name!r} uses {variable.name}[{', '.join(labels)}], which the model does not determine: "
+            f"{variable.absent}"
+        )
+
+    def values(self, base: Expr) -> Array:
+        """The numbers of a parameter, from the caller or from its definition."""
+        if base not in self.arrays:
+            parameter = self.parameters.get(base)
+            if parameter is None:
+                raise InvalidInput(f"{base} is not a symbol of this model; it has {self.known()}")
+            if parameter.definition is None:
+                self.arrays[base] = np.asarray(self.numbers.values[parameter.name], dtype=float)
+            else:
+                axes = tuple(index.symbol for index in parameter.over)
+                shape = tuple(self.size(index) for index in parameter.over)
+                self.arrays[base] = np.broadcast_to(self.evaluate(parameter.definition, axes), shape)
+        return self.arrays[base]
+
+    def known(self) -> str:
+        names = [variable.name for variable in self.program.variables]
+        return ", ".join(names + [parameter.name for parameter in self.program.parameters])
+
+    def evaluate(self, expression: sympy.Basic, axes: tuple[Symbol, ...]) -> Any:
+        """Evaluate a coefficient or condition in parameters, as an array that broadcasts over ``axes``."""
+        function, arguments = compiled(expression)
+        return function(*(self.argument(argument, axes) for argument in arguments))
+
+    def argument(self, argument: Expr, axes: tuple[Symbol, ...]) -> Any:
+        if isinstance(argument, Indexed):
+            if argument.base in self.columns:
+                raise InvalidInput(f"{argument} is a variable where a number is needed")
+            return _spread(self.values(argument.base), argument.indices, axes)
+        if isinstance(argument, sympy.Sum):
+            inner = tuple(symbol for symbol, *_ in argument.limits)
+            shape = tuple(self.size(self.index_of(symbol)) for symbol in axes + inner)
+            value = np.broadcast_to(self.evaluate(argument.function, axes + inner), shape)
+            return value.sum(axis=tuple(range(len(axes), len(axes) + len(inner))))
+        size = next((index for index in self.program.index_sets if index.size == argument), None)
+        return float(self.size(size)) if size is not None else self.values(argument)
+
+
+def _spread(values: NDArray[Any], indices: tuple[Expr, ...], axes: tuple[Symbol, ...]) -> NDArray[Any]:
+    """Arrange an array's dimensions, named by ``indices``, along ``axes`` (a fixed member is picked out)."""
+    picked = values[tuple(int(index) if isinstance(index, Integer) else slice(None) for index in indices)]
+    names = [index for index in indices if not isinstance(index, Integer)]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"the same index stands twice in {list(map(str, indices))}; use two different ones")
+    unknown = [str(name) for name in names if name not in axes]
+    if unknown:
+        raise InvalidInput(f"index {unknown[0]} is neither an index of the row nor summed over")
+    order = sorted(range(len(names)), key=lambda at: axes.index(names[at]))
+    shape = [1] * len(axes)
+    for at, name in enumerate(names):
+        shape[axes.index(name)] = picked.shape[at]
+    return picked.transpose(order).reshape(shape)
+
+
+@lru_cache(maxsize=1024)
+def compiled(expression: sympy.Basic) -> tuple[Callable[..., Any], tuple[Expr, ...]]:
+    """Compile an expression to a numpy function of its parameters (members of families, sums, scalars)."""
+    expression = sympy.sympify(expression)
+    sums = expression.atoms(sympy.Sum)
+    outer = {each for each in sums if not any(each in other.atoms(sympy.Sum) - {other} for other in sums)}
+    swap: dict[Expr, Symbol] = {each: Symbol(f"_s{at}") for at, each in enumerate(sorted(outer, key=str))}
+    rest = expression.xreplace(swap)
+    members = sorted(rest.atoms(Indexed), key=str)
+    swap |= {each: Symbol(f"_m{at}") for at, each in enumerate(members)}
+    rest = rest.xreplace(swap)
+    scalars = sorted(rest.free_symbols - set(swap.values()), key=str)
+    swap |= {each: Symbol(f"_c{at}") for at, each in enumerate(scalars)}
+    arguments = tuple(swap)
+    return sympy.lambdify([swap[each] for each in arguments], rest.xreplace(swap), "numpy"), arguments

@@ -1,0 +1,102 @@
+"""A model's inputs as one validated value: what a scenario file (TOML or JSON) says."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import KW_ONLY
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from fluidopt.contention import GPU
+from fluidopt.errors import InvalidInput
+from fluidopt.inputs import PositiveInt, dump, input_type, parse
+from fluidopt.workload import TokenPrices, Workload, WorkloadClass
+
+Charging = Literal["bundled", "separate"]
+
+
+@input_type
+class Scenario:
+    """Workload classes, GPU types, prices and charging scheme: everything a `FluidModel` is built from."""
+
+    _: KW_ONLY
+    classes: tuple[WorkloadClass, ...]
+    """The workload classes."""
+    gpu: GPU | tuple[GPU, ...]
+    """The GPU type, or several types whose shares add up to 1."""
+    prices: TokenPrices
+    """Price per prompt and per output token."""
+    charging: Charging = "bundled"
+    """``"bundled"``: paid when a request completes ([L26] eq. (40)); ``"separate"``: phase by phase (eq. (42))."""
+    rates: Literal["per_gpu", "total"] = "per_gpu"
+    """Whether arrival rates are per GPU, or of the whole stream (then ``gpus`` is needed to divide them by)."""
+    gpus: PositiveInt | None = None
+    """Number of GPUs in the fleet, n; the fluid model itself needs none."""
+    source: str | None = None
+    """Where the numbers come from, for reports."""
+
+    def __post_init__(self) -> None:
+        Workload(self.classes)
+        if self.rates == "total" and self.gpus is None:
+            raise InvalidInput("gpus is required where rates = 'total', to divide the arrival rates by")
+        names = [gpu.name for gpu in self.gpu_types]
+        if not names:
+            raise InvalidInput("gpu is empty; give at least one GPU")
+        if len(set(names)) < len(names):
+            raise InvalidInput(f"gpu: type names must be unique; got {names}")
+        total = sum(gpu.share for gpu in self.gpu_types)
+        if abs(total - 1.0) > 1e-9:
+            raise InvalidInput(f"gpu: the shares of the types must add up to 1; got {total:g}")
+
+    @property
+    def gpu_types(self) -> tuple[GPU, ...]:
+        """The GPU types, one or several."""
+        return (self.gpu,) if isinstance(self.gpu, GPU) else self.gpu
+
+    @property
+    def workload(self) -> Workload:
+        """The classes with arrival rates per GPU."""
+        workload = Workload(self.classes, source=self.source)
+        return workload if self.rates == "per_gpu" or self.gpus is None else workload.per_gpu(self.gpus)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scenario as JSON-able data; `Scenario.from_dict` reads it back."""
+        data: dict[str, Any] = dump(self)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: object, *, source: str | None = None) -> Scenario:
+        """Validate JSON-able data; ``source`` names it in error messages."""
+        return parse(cls, data, source=source)
+
+
+def read_scenario(path: str | Path) -> Scenario:
+    """Read a scenario file, TOML or JSON by its ending.
+
+    Raises:
+        InvalidInput: where the file is missing, not TOML/JSON, or an entry breaks a rule (named by its path).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot read the scenario file ({error})") from None
+    try:
+        if path.suffix.lower() == ".toml":
+            data = tomllib.loads(text)
+        elif path.suffix.lower() == ".json":
+            data = json.loads(text)
+        else:
+            raise InvalidInput(f"{path}: a scenario file ends in .toml or .json; got {path.suffix or 'no ending'!r}")
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InvalidInput(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    return Scenario.from_dict(data, source=str(path))
+
+
+def scenario_schema() -> dict[str, Any]:
+    """The JSON schema of a scenario file."""
+    schema = TypeAdapter(Scenario).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fluidopt scenario"}

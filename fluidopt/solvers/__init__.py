@@ -1,0 +1,48 @@
+"""Solvers of linear programs: one `solve_program` that picks, and certifies what it returns."""
+
+from __future__ import annotations
+
+from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.program import LinearProgram
+from fluidopt.solvers.certificate import Certificate, Solution, SolverOptions, certify
+
+SOLVERS = ("auto", "highs", "cvxpy")
+
+
+def solve_program(program: LinearProgram, solver: str = "auto", options: SolverOptions | None = None) -> Solution:
+    """Solve ``program`` and return a pair that passes its certificate.
+
+    Args:
+        program: what to maximise.
+        solver: ``"highs"``, ``"cvxpy"``, or ``"auto"`` (HiGHS).
+        options: limits and tolerance.
+
+    Raises:
+        InfeasibleModel: no solution, or no finite one.
+        SolverFailure: no certified answer.
+        InvalidInput: an unknown solver or method.
+    """
+    options = options or SolverOptions()
+    if options.method not in {"auto", "simplex", "ipm"}:
+        raise InvalidInput(f"SolverOptions.method must be 'auto', 'simplex' or 'ipm'; got {options.method!r}")
+    if not options.time_limit > 0 or not 0 < options.tolerance < 1:
+        raise InvalidInput(
+            "SolverOptions: time_limit must be above 0 s and tolerance between 0 and 1; "
+            f"got {options.time_limit!r}, {options.tolerance!r}"
+        )
+    if solver in {"auto", "highs"}:
+        from fluidopt.solvers.highs import solve
+    elif solver == "cvxpy":
+        from fluidopt.solvers.convex import solve
+    else:
+        raise InvalidInput(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}")
+    solution = solve(program, options)
+    if not solution.certificate.holds(options.tolerance):
+        raise SolverFailure(
+            f"the answer of {solution.method} fails its certificate: {solution.certificate}, where "
+            f"{options.tolerance:.0e} is asked; try another solver or rescale the input"
+        )
+    return solution
+
+
+__all__ = ["SOLVERS", "Certificate", "Solution", "SolverOptions", "certify", "solve_program"]

@@ -1,0 +1,53 @@
+"""How tables look: text for a terminal, HTML for a notebook. Numbers to four significant digits, missing as a dash."""
+
+from __future__ import annotations
+
+import html as escape
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MISSING = "–"
+
+
+def number(value: Any) -> str:
+    """Format one cell: four significant digits, thousands kept whole, a dash where there is no value."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, str | bool):
+        return str(value)
+    value = float(value)
+    if abs(value) < 1e-12:
+        return "0"
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value)}"
+    if 1e-3 <= abs(value) < 1e5:
+        decimals = 4 if abs(value) < 1 else max(0, 3 - math.floor(math.log10(abs(value))))
+        return f"{value:.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:.0f}"
+    return f"{value:.3e}"
+
+
+def text(frame: pd.DataFrame | pd.Series[Any], *, max_rows: int = 40) -> str:
+    """A table as plain text; the middle of a long one is left out and counted."""
+    import pandas as pd
+
+    table = frame.to_frame() if isinstance(frame, pd.Series) else frame
+    shown = table.head(max_rows)
+    body = shown.map(number).to_string()
+    left_out = len(table) - len(shown)
+    return body + (f"\n... {left_out} more rows" if left_out else "")
+
+
+def html(frame: pd.DataFrame | pd.Series[Any], *, title: str, note: str | None = None, max_rows: int = 40) -> str:
+    """A table as HTML, with a heading and an optional note below."""
+    import pandas as pd
+
+    table = frame.to_frame() if isinstance(frame, pd.Series) else frame
+    shown = table.head(max_rows)
+    below = [note] if note else []
+    if len(table) > len(shown):
+        below.append(f"{len(table) - len(shown)} more rows")
+    notes = "".join(f"<div style='opacity:.7'>{escape.escape(line)}</div>" for line in below)
+    return f"<div><b>{escape.escape(title)}</b>{shown.map(number).to_html(border=0)}{notes}</div>"
