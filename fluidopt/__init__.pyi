@@ -1,4 +1,5 @@
 from .contention import GPU, ContentionCurve, IterationTime, Mode
+from .data import azure_2023
 from .errors import (
     ContentionWarning,
     FluidoptError,
@@ -9,16 +10,19 @@ from .errors import (
 )
 from .model import FluidModel
 from .plan import Plan
+from .plots import plot_plan, plot_result, plot_summary
 from .policy import Policy
+from .reference import reference_model
 from .scenario import Scenario, read_scenario
 from .simulation.result import Estimate, SimulationResult
 from .solvers import Certificate, SolverOptions
-from .traces import Trace, read_trace
+from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
 
 __all__ = [
     "GPU",
     "Certificate",
+    "Classification",
     "ContentionCurve",
     "ContentionWarning",
     "Estimate",
@@ -40,8 +44,14 @@ __all__ = [
     "Workload",
     "WorkloadClass",
     "__version__",
+    "azure_2023",
+    "classify",
+    "plot_plan",
+    "plot_result",
+    "plot_summary",
     "read_scenario",
     "read_trace",
+    "reference_model",
 ]
 
 __version__: str

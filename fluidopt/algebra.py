@@ -153,6 +153,17 @@ class SymbolicProgram:
         free: set[Any] = set().union(*(expression.free_symbols for expression in expressions))
         return tuple(index for index in self.index_sets if index.symbol in free)
 
+    def check(self, expression: object, caller: str) -> Expr:
+        """Return ``expression`` if it is one in this program's symbols, with sums over whole sets only."""
+        if not isinstance(expression, Expr):
+            raise InvalidInput(f"{caller}: expected an expression in the model's symbols; got {expression!r}")
+        for total in expression.atoms(Sum):
+            for symbol, *limits in total.limits:
+                index = self.index_of.get(symbol)
+                if index is None or limits != [1, index.size]:
+                    raise InvalidInput(f"{caller}: {total} does not run over a whole set; use symbols.sum(..., over=i)")
+        return expression
+
     def terms(self, expression: Expr) -> tuple[Term, ...]:
         """Take a linear expression apart.
 

@@ -14,6 +14,7 @@ from sympy import Expr, IndexedBase, Integer, Symbol
 
 from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, Variable
 from fluidopt.errors import InvalidInput
+from fluidopt.tables import shorten
 
 
 def _index(name: str, letter: str, size: str) -> IndexSet:
@@ -107,7 +108,7 @@ ROWS = (
         "==",
         _lam[_i],
         (CLASSES,),
-        meaning="every arrival of {class} is prefilled or abandons",
+        meaning="only so many requests of {class} arrive",
         dual="varphi",
         dual_unit="money per arriving request",
     ),
@@ -158,14 +159,14 @@ class Family:
         return self.quantity.symbol[tuple(self._member(each, index) for each, index in zip(keys, over, strict=True))]
 
     def _member(self, key: Any, index: IndexSet) -> Expr:
-        if isinstance(key, Symbol):
-            return key
+        if key == index.symbol:
+            return index.symbol
         labels = self._labels[index.name]
         if isinstance(key, str) and key in labels:
             return Integer(labels.index(key))
         raise InvalidInput(
             f"{self.quantity.name}[{key!r}]: there is no {index.name} of that name; use the symbol {index.symbol} for "
-            f"all of them, or one of {', '.join(map(repr, labels[:8]))}"
+            f"all of them, or one of {shorten([repr(label) for label in labels])}"
         )
 
     def __repr__(self) -> str:

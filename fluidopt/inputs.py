@@ -46,6 +46,8 @@ _RULES: Mapping[str, str] = {
     "tuple_type": "must be a list",
 }
 _REQUIRED = {"missing", "missing_argument", "missing_keyword_only_argument"}
+# Every field name of every input type: what a misspelt key in a scenario file may have meant.
+_FIELDS: set[str] = set()
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
 
 
@@ -53,6 +55,7 @@ _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
 def input_type(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen pydantic dataclass that raises `InvalidInput`."""
     made: Any = dataclass(frozen=True, config=_CONFIG)(cls)
+    _FIELDS.update(field.name for field in fields(made))
     validate: Callable[..., None] = made.__init__
 
     @wraps(validate)
@@ -108,7 +111,7 @@ def _sentence(entry: Any, known: Sequence[str]) -> str:
         text = str(entry["ctx"]["error"])
         return f"{path}: {text}" if path else text
     if kind in _UNKNOWN:
-        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        near = difflib.get_close_matches(str(place[-1]), sorted(_FIELDS), n=1)
         return f"{path} is not a field" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "unexpected_positional_argument":
         return f"{path} must be given by name ({path}=...)"

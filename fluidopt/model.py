@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy
 from sympy import Expr
+from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fluidopt.algebra import RowFamily, SymbolicProgram, relation_parts
 from fluidopt.contention import GPU, Mode, warn_if_unphysical
@@ -20,6 +21,7 @@ from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Scenario, read_scenario
 from fluidopt.solvers import SolverOptions, solve_program
 from fluidopt.solvers.infeasible import conflict
+from fluidopt.tables import shorten
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
@@ -105,9 +107,7 @@ class FluidModel:
         """Whether rows and objective are the built-in ones (nothing added by `subject_to` or `maximize`)."""
         return self.symbolic == formulation(self.scenario.charging)
 
-    def subject_to(
-        self, relation: object, *, name: str, where: sympy.Basic = sympy.true, meaning: str = ""
-    ) -> FluidModel:
+    def subject_to(self, relation: object, *, name: str, where: Boolean | bool = True, meaning: str = "") -> FluidModel:
         """Add a linear row, or one per member of the free indices of ``relation``.
 
         Args:
@@ -119,9 +119,17 @@ class FluidModel:
         Raises:
             InvalidInput: where the row is not a relation, not linear, or uses what the model does not determine.
         """
-        if relation is True or relation is False or relation in (sympy.true, sympy.false):
+        if isinstance(relation, bool | BooleanAtom):
             raise InvalidInput(f"subject_to: row {name!r} holds no variable (it is simply {relation})")
         left, sense, right = relation_parts(relation)
+        terms = self.symbolic.terms(self.symbolic.check(left - right, "subject_to"))
+        if all(term.variable is None for term in terms):
+            raise InvalidInput(f"subject_to: row {name!r} holds no variable")
+        where = sympy.sympify(where) if isinstance(where, bool) else where
+        if not isinstance(where, Boolean):
+            raise InvalidInput(
+                f"subject_to: where must be a condition on parameters such as theta[i] > 0; got {where!r}"
+            )
         row = RowFamily(
             name,
             left,
@@ -137,7 +145,7 @@ class FluidModel:
 
     def maximize(self, objective: Expr) -> FluidModel:
         """Replace the objective by a linear one in `symbols`; its value takes the place of the revenue rate."""
-        return self._replace(replace(self.symbolic, objective=sympy.sympify(objective)))
+        return self._replace(replace(self.symbolic, objective=self.symbolic.check(objective, "maximize")))
 
     def _replace(self, symbolic: SymbolicProgram) -> FluidModel:
         program = lower(symbolic, self.numbers())
@@ -199,21 +207,24 @@ class FluidModel:
         if error.kind == "unbounded":
             return InfeasibleModel("the objective grows without limit; bound it with subject_to", kind="unbounded")
         found = conflict(program)
-        message = f"no plan satisfies these rows together: {', '.join(found.rows)}."
+        rows = shorten(found.rows, most=8)
+        message = f"no plan satisfies all rows.{self._patient_load(found.rows)} Rows that cannot hold together: {rows}."
         if found.violated:
-            misses = ", ".join(
-                f"{name} by {abs(amount):.4g} ({'too low' if amount > 0 else 'too high'} on the left)"
-                for name, amount in list(found.violated.items())[:6]
+            misses = shorten(
+                [
+                    f"{name} by {abs(amount):.4g} ({'too low' if amount > 0 else 'too high'} on the left)"
+                    for name, amount in found.violated.items()
+                ]
             )
             message += f" The nearest point misses {misses}."
-        if any(name.startswith("prefill_balance") for name in found.rows):
-            message += self._patient_load()
         return InfeasibleModel(message, rows=found.rows)
 
-    def _patient_load(self) -> str:
-        """What classes that never abandon ask of a mixed/solo fleet, against what it has."""
+    def _patient_load(self, rows: tuple[str, ...]) -> str:
+        """What classes that never abandon ask of a mixed/solo fleet, against what it has, where that is in ``rows``."""
         workload = self.workload
-        patient = workload.abandonment_rate == 0
+        patient = np.array(
+            [each.abandonment_rate == 0 and f"prefill_balance[{each.name}]" in rows for each in workload]
+        )
         pair = [mode for _, mode in self.modes]
         if not patient.any() or len(pair) != 2 or not pair[0].prefills or pair[1].prefills:
             return ""
@@ -223,10 +234,14 @@ class FluidModel:
         decode = work * mixed.chunk * workload.output_tokens / workload.prompt_tokens
         prefill_load = work.sum()
         room = kappa * solo.decode_slots - (kappa * solo.decode_slots - mixed.decode_slots) * prefill_load
-        shares = ", ".join(
-            f"{name} {p:.3g} + {d:.3g}"
-            for name, p, d, each in zip(workload.names, work, decode, patient, strict=True)
-            if each
+        shares = shorten(
+            [
+                f"{name} {p:.3g} + {d:.3g}"
+                for name, p, d, each in zip(workload.names, work, decode, patient, strict=True)
+                if each
+            ],
+            most=6,
+            between="; ",
         )
         return (
             f" Classes that never abandon must be served in full: they need {prefill_load:.4g} of 1 prefill slot and "

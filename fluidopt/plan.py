@@ -13,7 +13,7 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram
 from fluidopt.solvers import Certificate, Solution, certify
-from fluidopt.tables import html, text
+from fluidopt.tables import html, shorten, text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ class Plan:
         throughput = self._even_throughput() if self.model.scenario.charging == "separate" else self.throughput
         grids = {
             "x": _split(self.mode_share, prefill_work, self._has("x")),
-            "y": _split(np.nansum(self.decode, axis=0), workload.output_tokens * throughput, self._has("y")),
+            "y": _split(self._fastest_slots_first(), workload.output_tokens * throughput, self._has("y")),
             "q_d": (self.admitted - throughput) / np.where(theta > 0, theta, 1.0),
         }
         values = self.solution.values.copy()
@@ -65,6 +65,22 @@ class Plan:
         if not certificate.holds(self.tolerance):
             raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
         return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
+
+    def _fastest_slots_first(self) -> Array:
+        """Decodes per mode, shape (K,), with the plan's decode rate when the fastest slots fill first.
+
+        Where slots are left over the model does not say which stay empty; this is what the router does.
+        """
+        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
+        slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
+        order = np.argsort(-speed, kind="stable")
+        rate = (slots * speed)[order]
+        before = np.cumsum(rate) - rate
+        total = float(np.nansum(self.decode * speed))
+        used = np.zeros_like(slots)
+        filled = np.clip(total - before, 0.0, rate)
+        used[order] = np.divide(filled, speed[order], out=np.zeros_like(filled), where=speed[order] > 0)
+        return used
 
     def _even_throughput(self) -> Array:
         """Completions per class when all impatient classes complete the same share of what is prefilled.
@@ -260,7 +276,9 @@ class Plan:
                 if abs(price) <= SIGNIFICANT * (1.0 + abs(self.objective)):
                     continue
                 labels = {index.name: block.labels[axis][place[axis]] for axis, index in enumerate(row.over)}
-                meaning = row.meaning.format_map(labels)
+                meaning = row.meaning
+                for index, label in labels.items():
+                    meaning = meaning.replace(f"{{{index}}}", label)
                 sentences.append(f"{meaning}: {price:.6g} {row.dual_unit}")
         return tuple(sentences)
 
@@ -274,7 +292,7 @@ class Plan:
         patient = [name for name, theta in zip(workload.names, workload.abandonment_rate, strict=True) if theta == 0]
         if patient:
             found.append(
-                f"never abandon, so their queue lengths are not determined: {_list(patient)}; they are served in full"
+                f"never abandon, so their queue lengths are not determined: {shorten(patient)}; they are served in full"
             )
         queue = np.nan_to_num(self.decode_queue)
         waiting = [name for name, q in zip(workload.names, queue, strict=True) if q > SIGNIFICANT]
@@ -286,7 +304,7 @@ class Plan:
                 if not self.decode_buffer_vanishes
                 else "added rows or another objective ask for it"
             )
-            found.append(f"requests wait for decode in {_list(waiting)}: {why}")
+            found.append(f"requests wait for decode in {shorten(waiting)}: {why}")
         if self.model.scenario.charging == "separate" and waiting:
             found.append(
                 "which decodes run is not unique under separate charging; the plan gives every class the same share"
@@ -405,8 +423,3 @@ def _split(totals: Array, work: Array, exists: Array) -> Array:
     amount = work.sum()
     share = work / amount if amount > 0 else np.zeros_like(work)
     return np.outer(share, np.where(exists > 0, totals, 0.0))
-
-
-def _list(names: list[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

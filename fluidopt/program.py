@@ -35,7 +35,7 @@ class Block:
     def names(self) -> list[str]:
         """``name[label, ...]`` of the members that exist, in order of their numbers."""
         if not self.labels:
-            return [self.name]
+            return [self.name] if self.numbers >= 0 else []
         return [
             f"{self.name}[{', '.join(labels[at] for labels, at in zip(self.labels, place, strict=True))}]"
             for place in np.argwhere(self.numbers >= 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as escape
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ def number(value: Any) -> str:
         decimals = 4 if abs(value) < 1 else max(0, 3 - math.floor(math.log10(abs(value))))
         return f"{value:.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:.0f}"
     return f"{value:.3e}"
+
+
+def shorten(names: Sequence[str], *, most: int = 6, between: str = ", ") -> str:
+    """Join names into one phrase; of a long list, the first ones and the number of the others."""
+    shown = between.join(names[:most])
+    return shown if len(names) <= most else f"{shown}{between}and {len(names) - most} more"
 
 
 def text(frame: pd.DataFrame | pd.Series[Any], *, max_rows: int = 40) -> str:

@@ -13,6 +13,7 @@ from fluidopt.errors import InvalidInput
 from fluidopt.inputs import Name, NonNegative, NonNegativeInt, PositiveInt, dump, input_type, parse
 from fluidopt.model import FluidModel
 from fluidopt.scenario import Scenario
+from fluidopt.tables import shorten
 
 if TYPE_CHECKING:
     from fluidopt.simulation.result import SimulationResult
@@ -167,17 +168,22 @@ class Policy:
         lead = f"When a GPU that may prefill has no prefill running and requests wait, start one ({where}): "
         if self.gate.rule == "priority":
             order = sorted(self.scenario.classes, key=lambda each: -each.output_tokens / each.prompt_tokens)
-            return lead + "the first waiting class in the order " + _chain([each.name for each in order], " > ") + "."
+            return (
+                lead
+                + "the first waiting class in the order "
+                + shorten([each.name for each in order], between=" > ")
+                + "."
+            )
         n, targets = self.gpus, self.targets
-        wanted = [f"{name} {n * x:.3g}" for name, x in zip(names, targets.prefill, strict=True) if x > 0]
+        wanted = [f"{name}: {n * x:.3g}" for name, x in zip(names, targets.prefill, strict=True) if x > 0]
         last = [name for name, x in zip(names, targets.prefill, strict=True) if x == 0]
-        queues = [f"{name} {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
+        queues = [f"{name}: {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
         sentence = (
             lead + "the class whose prefills in service are the smallest multiple of their target "
-            f"({_chain(wanted)}); on a tie, the class whose queue is furthest above its target "
-            f"({_chain(queues) + '; ' if queues else ''}0 for the others)."
+            f"({shorten(wanted, between='; ')}); on a tie, the class whose queue is furthest above its target "
+            f"({shorten(queues, between='; ') + '; ' if queues else ''}0 for the others)."
         )
-        return sentence + (f" Only when none of these waits: {_chain(last)}." if last else "")
+        return sentence + (f" Only when none of these waits: {shorten(last)}." if last else "")
 
     def _router_sentence(self) -> str:
         order = " else ".join(f"a {name} GPU" for name in self.router.order)
@@ -232,8 +238,3 @@ def _role_sentence(role: Role) -> str:
     if role.prefill is None:
         return f"{who}: {decodes}, never a prefill."
     return f"{who}: one prefill at a time in chunks of {role.prefill.chunk} tokens, beside {decodes}."
-
-
-def _chain(names: list[str], between: str = ", ", most: int = 8) -> str:
-    shown = between.join(names[:most])
-    return shown if len(names) <= most else f"{shown}{between}… ({len(names) - most} more)"

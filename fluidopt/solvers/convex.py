@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import cvxpy as cp
 import numpy as np
 
@@ -44,7 +46,10 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
     problem = cp.Problem(cp.Maximize((program.objective / money) @ x), constraints)
     limits = {"time_limit": options.time_limit} if np.isfinite(options.time_limit) else {}
     try:
-        problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # Whether the answer is accurate is for the certificate to say.
+            warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+            problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)  # type: ignore[no-untyped-call]
     except cp.SolverError as error:
         raise SolverFailure(f"cvxpy (Clarabel) failed: {error}") from None
     if problem.status in {cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE}:

@@ -1,0 +1,5 @@
+"""``python -m fluidopt``: the same as the ``fluidopt`` command."""
+
+from fluidopt.cli import main
+
+main()

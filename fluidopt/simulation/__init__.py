@@ -1,0 +1,1 @@
+"""Simulation of fleets: the compiled chain simulator and what is estimated from its replications."""

@@ -1,0 +1,102 @@
+"""From a policy to the arrays of the chain: totals of the whole fleet, and the plan's equilibrium in whole requests."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidopt.contention import Mode
+from fluidopt.policy.extract import largest_remainder
+from fluidopt.policy.rules import Policy
+from fluidopt.program import Array
+from fluidopt.simulation.kernel import FEWEST_DECODES, UNIFORM, Start, System
+
+Counts = NDArray[np.int64]
+
+
+def fleet_system(policy: Policy) -> System:
+    """The chain of ``policy``'s fleet."""
+    workload, prices = policy.scenario.workload, policy.scenario.prices
+    modes: list[Mode] = []
+    for role in policy.roles:
+        modes += [mode for mode in (role.prefill, role.rest) if mode is not None and mode not in modes]
+    names = [role.name for role in policy.roles]
+    unrouted = [name for name in names if name not in policy.router.order]
+    slope, base = _gate_keys(policy)
+    value = prices.prompt * workload.prompt_tokens + prices.output * workload.output_tokens
+    bundled = policy.scenario.charging == "bundled"
+    return System(
+        arrival_rate=workload.arrival_rate * policy.gpus,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=workload.output_tokens,
+        abandonment_rate=workload.abandonment_rate,
+        mode_chunk=np.array([mode.chunk for mode in modes], dtype=float),
+        mode_time=np.array([mode.iteration_time or np.nan for mode in modes]),
+        role_gpus=np.array([role.gpus for role in policy.roles]),
+        role_prefill_mode=np.array(
+            [-1 if role.prefill is None else modes.index(role.prefill) for role in policy.roles]
+        ),
+        role_rest_mode=np.array([modes.index(role.rest) for role in policy.roles]),
+        role_decode_slots=np.array([role.decode_slots for role in policy.roles]),
+        role_slots=np.array([role.slots for role in policy.roles]),
+        gate_slope=slope,
+        gate_base=base,
+        gate_queue_target=policy.gpus * np.array([target or 0.0 for target in policy.targets.prefill_queue]),
+        router_order=np.array([names.index(name) for name in (*policy.router.order, *unrouted)]),
+        placement=UNIFORM if policy.gate.placement == "uniform" else FEWEST_DECODES,
+        prefill_reward=np.zeros(len(workload)) if bundled else prices.prompt * workload.prompt_tokens,
+        decode_reward=value if bundled else prices.output * workload.output_tokens,
+    )
+
+
+def _gate_keys(policy: Policy) -> tuple[Array, Array]:
+    """Slope and base of each class's gate key ``base + slope X_i``; the least key is admitted."""
+    target = np.array(policy.targets.prefill)
+    if policy.gate.rule == "priority":
+        workload = policy.scenario.workload
+        return np.zeros_like(target), -workload.output_tokens / workload.prompt_tokens
+    # (X_i - n x_i)/x_i = X_i/x_i - n, and n is the same for all. No X_i/x_i reaches the largest float.
+    with np.errstate(divide="ignore"):
+        return np.where(target > 0, 1.0 / target, 0.0), np.where(target > 0, 0.0, np.finfo(float).max)
+
+
+def fluid_start(policy: Policy, system: System) -> Start:
+    """The plan's equilibrium for the fleet, rounded to whole requests that fit into its slots.
+
+    Prefills and decodes fill the roles as the plan does; what rounding leaves without a slot waits in the queue.
+    """
+    n, targets = policy.gpus, policy.targets
+    prefill_room = np.where(system.role_prefill_mode >= 0, system.role_gpus, 0)
+    prefill, prefill_left = _seat(
+        n * np.array(targets.prefill),
+        n * np.array([targets.role_prefill[role.name] for role in policy.roles]),
+        prefill_room,
+    )
+    decode, decode_left = _seat(
+        n * np.array(targets.decode),
+        n * np.array([targets.role_decode[role.name] for role in policy.roles]),
+        system.role_gpus * system.role_decode_slots,
+    )
+    return Start(
+        prefill_queue=np.rint(n * _known(targets.prefill_queue)).astype(int) + prefill_left,
+        decode_queue=np.rint(n * _known(targets.decode_queue)).astype(int) + decode_left,
+        prefill=prefill,
+        decode=decode,
+    )
+
+
+def _known(targets: tuple[float | None, ...]) -> Array:
+    return np.array([target or 0.0 for target in targets])
+
+
+def _seat(classes: Array, roles: Array, room: Counts) -> tuple[Counts, Counts]:
+    """Whole numbers of shape (R, I) with about these totals, no role above its room; and what is left, shape (I,)."""
+    left = np.rint(classes).astype(int)
+    wanted = np.minimum(np.rint(roles).astype(int), room)
+    seated = np.zeros((len(roles), len(classes)), dtype=int)
+    for role in np.argsort(-roles, kind="stable"):
+        number = min(int(wanted[role]), int(left.sum()))
+        if number:
+            seated[role] = np.minimum(largest_remainder(left / left.sum(), number), left)
+            left = left - seated[role]
+    return seated, left
