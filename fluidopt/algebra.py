@@ -58,7 +58,7 @@ class Parameter:
 class Variable:
     """A nonnegative quantity to be chosen, one per member of the sets in ``over`` for which ``exists`` holds."""
 
-    symbol: IndexedBase
+    symbol: IndexedBase | Symbol
     over: tuple[IndexSet, ...]
     unit: str
     meaning: str
@@ -72,9 +72,9 @@ class Variable:
         return str(self.symbol)
 
     @property
-    def indexed(self) -> Indexed:
+    def indexed(self) -> Expr:
         """The variable at the sets' own symbols."""
-        return self.symbol[tuple(index.symbol for index in self.over)]
+        return self.symbol[tuple(index.symbol for index in self.over)] if self.over else self.symbol
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class Term:
     """``coefficient * variable`` summed over ``bound``; a constant where ``variable`` is None."""
 
     coefficient: Expr
-    variable: Indexed | None
+    variable: Expr | None
+    """A member of a family (`Indexed`) or a variable without indices (`Symbol`)."""
     bound: tuple[Symbol, ...]
 
 
@@ -144,9 +145,9 @@ class SymbolicProgram:
         """The symbols of the variables."""
         return frozenset(variable.symbol for variable in self.variables)
 
-    def variable_of(self, indexed: Indexed) -> Variable:
-        """The variable that ``indexed`` is a member of."""
-        return next(variable for variable in self.variables if variable.symbol == indexed.base)
+    def variable_of(self, member: Expr) -> Variable:
+        """The variable that ``member`` is a member of."""
+        return next(variable for variable in self.variables if variable.symbol == base_of(member))
 
     def free_indices(self, *expressions: Expr) -> tuple[IndexSet, ...]:
         """The index sets that appear free (not summed) in ``expressions``, in the program's order."""
@@ -157,6 +158,8 @@ class SymbolicProgram:
         """Return ``expression`` if it is one in this program's symbols, with sums over whole sets only."""
         if not isinstance(expression, Expr):
             raise InvalidInput(f"{caller}: expected an expression in the model's symbols; got {expression!r}")
+        if expression.has(sympy.I, sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+            raise InvalidInput(f"{caller}: every number must be real and finite; got {expression}")
         for total in expression.atoms(Sum):
             for symbol, *limits in total.limits:
                 index = self.index_of.get(symbol)
@@ -249,13 +252,14 @@ class SymbolicProgram:
         """Rewrite ``term`` in the variable's own symbols, summing over row indices the variable does not have."""
         assert term.variable is not None
         renamed, fixed = {}, []
-        for index, symbol in zip(term.variable.indices, (each.symbol for each in variable.over), strict=True):
+        indices = indices_of(term.variable)
+        for index, symbol in zip(indices, (each.symbol for each in variable.over), strict=True):
             if isinstance(index, Symbol):
                 renamed[index] = symbol
             else:
                 fixed.append(sympy.Eq(symbol, index))
         product = (term.coefficient * times).xreplace(renamed)
-        left_over = tuple(index for index in over if index.symbol not in term.variable.indices)
+        left_over = tuple(index for index in over if index.symbol not in indices)
         product = _summed(product, left_over)
         return sympy.Piecewise((product, sympy.And(*fixed)), (0, True)) if fixed else product
 
@@ -268,7 +272,9 @@ class SymbolicProgram:
         for position, row in enumerate(self.constraints):
             lead = r"\text{s.t.}\quad" if position == 0 else ""
             scope = self._scope(row)
-            note = rf"\text{{{row.name.replace('_', ' ')}}}" + (rf"\ ({show(row.dual_symbol)})" if row.dual else "")
+            note = rf"\text{{{escaped(row.name.replace('_', ' '))}}}" + (
+                rf"\ ({show(row.dual_symbol)})" if row.dual else ""
+            )
             lines.append(rf"{lead} & {show(row.left)} {sense[row.sense]} {show(row.right)} && {scope} \quad {note} \\")
         names = ",\\ ".join(show(variable.symbol) for variable in self.variables)
         if not self.title.startswith("Dual"):
@@ -299,50 +305,62 @@ _SIGNS = {"<=": ">= 0", ">=": "<= 0", "==": "free"}
 @lru_cache(maxsize=512)
 def linear_terms(expression: Expr, bases: frozenset[Expr]) -> tuple[Term, ...]:
     """Split ``expression`` into constants and multiples of members of ``bases`` (see `SymbolicProgram.terms`)."""
-    return tuple(_terms(sympy.sympify(expression), bases, Integer(1), ()))
+    return tuple(_terms(sympy.sympify(expression), bases, Integer(1), (), frozenset(expression.free_symbols)))
 
 
-def _terms(expression: Expr, bases: frozenset[Expr], factor: Expr, bound: tuple[Symbol, ...]) -> Iterator[Term]:
+def _terms(
+    expression: Expr, bases: frozenset[Expr], factor: Expr, bound: tuple[Symbol, ...], taken: frozenset[Expr]
+) -> Iterator[Term]:
     if not _uses(expression, bases):
         while isinstance(expression, Sum):
-            expression, factor, bound = _enter(expression, factor, bound)
+            expression, factor, bound = _enter(expression, factor, bound, taken)
         yield Term(factor * expression, None, bound)
-    elif isinstance(expression, Indexed):
+    elif isinstance(expression, Indexed) or expression in bases:
         yield Term(factor, expression, bound)
     elif isinstance(expression, sympy.Add):
         for part in expression.args:
-            yield from _terms(part, bases, factor, bound)
+            yield from _terms(part, bases, factor, bound, taken)
     elif isinstance(expression, sympy.Mul):
         with_variables = [part for part in expression.args if _uses(part, bases)]
         if len(with_variables) > 1:
             raise InvalidInput(f"{expression} multiplies variables with each other, so it is not linear")
         others = sympy.Mul(*(part for part in expression.args if part is not with_variables[0]))
-        yield from _terms(with_variables[0], bases, factor * others, bound)
+        yield from _terms(with_variables[0], bases, factor * others, bound, taken)
     elif isinstance(expression, Sum):
-        inner, factor, bound = _enter(expression, factor, bound)
-        yield from _terms(inner, bases, factor, bound)
+        inner, factor, bound = _enter(expression, factor, bound, taken)
+        yield from _terms(inner, bases, factor, bound, taken)
     else:
         raise InvalidInput(f"{expression} is not linear in the variables")
 
 
-def _enter(expression: Sum, factor: Expr, bound: tuple[Symbol, ...]) -> tuple[Expr, Expr, tuple[Symbol, ...]]:
-    """Step into a sum, renaming its index where that name is taken outside."""
+def _enter(
+    expression: Sum, factor: Expr, bound: tuple[Symbol, ...], taken: frozenset[Expr]
+) -> tuple[Expr, Expr, tuple[Symbol, ...]]:
+    """Step into a sum, renaming its index where that letter is taken outside."""
     inner = expression.function
     for symbol, *_ in expression.limits:
-        fresh = symbol
-        while fresh in factor.free_symbols or fresh in bound:
-            fresh = Symbol(fresh.name + "'", integer=True)
+        fresh = primed(symbol, taken | factor.free_symbols | set(bound))
         inner = inner.xreplace({symbol: fresh})
         bound = (*bound, fresh)
     return inner, factor, bound
 
 
 def _uses(expression: Expr, bases: Collection[Expr]) -> bool:
-    return any(indexed.base in bases for indexed in expression.atoms(Indexed))
+    return any(base_of(member) in bases for member in expression.atoms(Indexed, Symbol))
+
+
+def base_of(member: Expr) -> Expr:
+    """The family that a member belongs to; a symbol without indices is its own."""
+    return member.base if isinstance(member, Indexed) else member
+
+
+def indices_of(member: Expr) -> tuple[Expr, ...]:
+    """The indices of a member; none for a symbol without indices."""
+    return tuple(member.indices) if isinstance(member, Indexed) else ()
 
 
 def _is(term: Term, variable: Variable) -> bool:
-    return term.variable is not None and term.variable.base == variable.symbol
+    return term.variable is not None and base_of(term.variable) == variable.symbol
 
 
 def _summed(expression: Expr, over: tuple[IndexSet, ...]) -> Expr:
@@ -357,6 +375,13 @@ def _rebuilt(term: Term, index_of: Mapping[Symbol, IndexSet]) -> Expr:
     for symbol in reversed(term.bound):
         expression = Sum(expression, (symbol, 1, index_of[unprimed(symbol)].size))
     return expression
+
+
+def primed(symbol: Symbol, taken: Collection[Expr]) -> Symbol:
+    """The index symbol itself, or with as many primes as it takes to be new."""
+    while symbol in taken:
+        symbol = Symbol(symbol.name + "'", integer=True)
+    return symbol
 
 
 def unprimed(symbol: Symbol) -> Symbol:
@@ -383,6 +408,16 @@ def relation_parts(relation: object) -> tuple[Expr, Sense, Expr]:
     )
 
 
+def escaped(text: str) -> str:
+    """A label as LaTeX text."""
+    return "".join(_ESCAPES.get(letter, letter) for letter in text)
+
+
+_ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    letter: "\\" + letter for letter in "&%$#_{}"
+}
+
+
 class Printer(LatexPrinter):  # type: ignore[misc]
     """LaTeX that reads like the model's page: sums over a set by its letter, members by their label."""
 
@@ -396,7 +431,8 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         member = [part for part in inner.args if isinstance(part, Indexed) and str(part.base) == "member"]
         if isinstance(inner, sympy.Mul) and member:
             inner = sympy.Mul(*(part for part in inner.args if part not in member))
-            letters += rf" \in {self._print(member[0].indices[0])}"
+            of, what = (self._print(index) for index in member[0].indices)
+            letters = rf"{what} \in {of}" if letters == what else rf"{of} \ni {what}"
         body = self._print(inner)
         if isinstance(inner, sympy.Add):
             body = rf"\left({body}\right)"
@@ -408,6 +444,8 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         if bottom != 1 or not isinstance(top, sympy.Mul) or any(isinstance(part, sympy.Add) for part in top.args):
             return str(super()._print_Mul(expression))
         names = {each.symbol for each in self.program.variables}
+        if top.args[0] == -1:
+            return f"- {self._print(-top)}"
         return " ".join(
             self._print(part) for part in sorted(top.args, key=lambda part: (_uses(part, names), str(part)))
         )
@@ -429,7 +467,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         for position, index in enumerate(expression.indices):
             if isinstance(index, Integer) and kind is not None and kind.over[position].name in self.program.labels:
                 label = self.program.labels[kind.over[position].name][int(index)]
-                indices.append(rf"\text{{{label}}}")
+                indices.append(rf"\text{{{escaped(label)}}}")
             else:
                 indices.append(self._print(index))
         return rf"{self._print(Symbol(stem))}_{{{','.join(indices)}}}"

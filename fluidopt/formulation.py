@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import sympy
 from sympy import Expr, IndexedBase, Integer, Symbol
 
 from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, Variable
@@ -200,4 +199,6 @@ class Symbols:
         sets = {index.symbol: index for index in (CLASSES, MODES, TYPES)}
         if over not in sets:
             raise InvalidInput(f"sum: over must be one of the index symbols i, k, g; got {over!r}")
-        return sets[over].sum(sympy.sympify(expression))
+        if not isinstance(expression, Expr):
+            raise InvalidInput(f"sum: expected an expression in the model's symbols; got {expression!r}")
+        return sets[over].sum(expression)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sympy import Expr, Indexed, Integer, Symbol
 
-from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, unprimed
+from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, base_of, indices_of, primed, unprimed
 from fluidopt.errors import InvalidInput
 
 Array = NDArray[np.float64]
@@ -168,7 +168,7 @@ class _Lowering:
             row = np.broadcast_to(block.numbers.reshape(block.numbers.shape + (1,) * len(term.bound)), shape)
             column = np.broadcast_to(self.column(term.variable, axes), shape)
             used = (value != 0) & (row >= 0)
-            self.refuse_undetermined(family, term.variable, axes, used & (column < 0))
+            self.refuse_undetermined(f"row {family.name!r}", term.variable, axes, used & (column < 0))
             used &= column >= 0
             entries.append((row[used], column[used], value[used]))
         return constant.ravel()
@@ -181,28 +181,28 @@ class _Lowering:
             shape = tuple(self.size(self.index_of(symbol)) for symbol in term.bound)
             value = np.broadcast_to(self.evaluate(term.coefficient, term.bound), shape)
             column = np.broadcast_to(self.column(term.variable, term.bound), shape)
+            self.refuse_undetermined("the objective", term.variable, term.bound, (value != 0) & (column < 0))
             used = column >= 0
             total += np.bincount(column[used], weights=value[used], minlength=columns)
         return total
 
-    def column(self, indexed: Indexed, axes: tuple[Symbol, ...]) -> NDArray[np.int64]:
+    def column(self, member: Expr, axes: tuple[Symbol, ...]) -> NDArray[np.int64]:
         """Column numbers of a variable, as an array that broadcasts over ``axes``."""
-        return _spread(self.columns[indexed.base].numbers, indexed.indices, axes)
+        return _spread(self.columns[base_of(member)].numbers, indices_of(member), axes)
 
     def refuse_undetermined(
-        self, family: RowFamily, indexed: Indexed, axes: tuple[Symbol, ...], missing: NDArray[np.bool_]
+        self, user: str, member: Expr, axes: tuple[Symbol, ...], missing: NDArray[np.bool_]
     ) -> None:
-        variable = self.program.variable_of(indexed)
+        variable = self.program.variable_of(member)
         if variable.absent is None or not missing.any():
             return
         place = np.argwhere(missing)[0]
         labels = [
             self.numbers.labels[each.name][int(index) if isinstance(index, Integer) else place[axes.index(index)]]
-            for each, index in zip(variable.over, indexed.indices, strict=True)
+            for each, index in zip(variable.over, indices_of(member), strict=True)
         ]
         raise InvalidInput(
-            f"row {family.name!r} uses {variable.name}[{', '.join(labels)}], which the model does not determine: "
-            f"{variable.absent}"
+            f"{user} uses {variable.name}[{', '.join(labels)}], which the model does not determine: {variable.absent}"
         )
 
     def values(self, base: Expr) -> Array:
@@ -234,9 +234,12 @@ class _Lowering:
                 raise InvalidInput(f"{argument} is a variable where a number is needed")
             return _spread(self.values(argument.base), argument.indices, axes)
         if isinstance(argument, sympy.Sum):
-            inner = tuple(symbol for symbol, *_ in argument.limits)
+            function, inner = argument.function, tuple[Symbol, ...]()
+            for symbol, *_ in argument.limits:
+                fresh = primed(symbol, axes + inner)
+                function, inner = function.xreplace({symbol: fresh}), (*inner, fresh)
             shape = tuple(self.size(self.index_of(symbol)) for symbol in axes + inner)
-            value = np.broadcast_to(self.evaluate(argument.function, axes + inner), shape)
+            value = np.broadcast_to(self.evaluate(function, axes + inner), shape)
             return value.sum(axis=tuple(range(len(axes), len(axes) + len(inner))))
         size = next((index for index in self.program.index_sets if index.size == argument), None)
         return float(self.size(size)) if size is not None else self.values(argument)

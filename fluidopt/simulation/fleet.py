@@ -9,7 +9,7 @@ from fluidopt.contention import Mode
 from fluidopt.policy.extract import largest_remainder
 from fluidopt.policy.rules import Policy
 from fluidopt.program import Array
-from fluidopt.simulation.kernel import FEWEST_DECODES, UNIFORM, Start, System
+from fluidopt.simulation.system import FEWEST_DECODES, UNIFORM, Start, System
 
 Counts = NDArray[np.int64]
 

@@ -17,14 +17,8 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.policy.rules import Policy
 from fluidopt.program import Array
 from fluidopt.simulation.fleet import fleet_system, fluid_start
-from fluidopt.simulation.kernel import (
-    EventLimitExceeded,
-    Replication,
-    Start,
-    System,
-    WaitingLimitExceeded,
-    simulate,
-)
+from fluidopt.simulation.run import EventLimitExceeded, WaitingLimitExceeded, simulate
+from fluidopt.simulation.system import Replication, Start, System
 from fluidopt.tables import html, text
 
 if TYPE_CHECKING:

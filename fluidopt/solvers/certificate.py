@@ -9,24 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import sparse
 
 from fluidopt.program import Array, LinearProgram
+
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far a primal-dual pair is from proving its own optimality; all three figures are relative.
+    """How far a primal-dual pair is from proving its own optimality.
 
-    With all three at 0 the pair is optimal (weak duality): the rows and signs hold, the duals are feasible, and both
-    objectives are equal.
+    All three figures are relative to the terms they are made of, so they mean the same in any unit of money, time or
+    tokens; terms below a millionth of the largest ones count as that much. With all three at 0 the pair is optimal
+    (weak duality): rows and signs hold, the duals are feasible, and both objectives are equal.
     """
 
     primal_residual: float
-    """Largest violation of a row or of ``x >= 0``, over 1 + the sum of the absolute terms of the row."""
+    """Largest violation of a row or of ``x >= 0``, over the sum of the absolute terms of the row (of all values)."""
     dual_residual: float
-    """Largest wrong-signed reduced cost or row dual, over 1 + the sum of the absolute terms it is made of."""
+    """Largest wrong-signed reduced cost or row dual, over the sum of the absolute terms it is made of."""
     gap: float
-    """|primal objective - dual objective| / (1 + |primal objective|)."""
+    """|primal objective - dual objective|, over the sum of the absolute terms of both."""
     objective: float
     """Primal objective, in the program's unit."""
     bound: float
@@ -71,23 +75,37 @@ class SolverOptions:
 def certify(program: LinearProgram, values: Array, duals: Array) -> Certificate:
     """Compute the `Certificate` of a primal-dual pair, in time proportional to the non-zeros."""
     matrix, size = program.matrix, abs(program.matrix)
+    lower, upper = program.row_lower, program.row_upper
     activity = matrix @ values
-    scale = 1.0 + size @ np.abs(values)
-    short = np.maximum(program.row_lower - activity, activity - program.row_upper)
-    primal = max(_worst(short / scale), _worst(-values))
-    reduced = program.objective - matrix.T @ duals
-    cost_scale = 1.0 + np.abs(program.objective) + size.T @ np.abs(duals)
-    wrong = np.maximum(
-        np.where(np.isinf(program.row_upper), duals, 0), np.where(np.isinf(program.row_lower), -duals, 0)
+    terms = size @ np.abs(values) + _floor(size, values, axis=1)
+    primal = max(
+        _worst(lower - activity, terms + np.where(np.isinf(lower), 0.0, np.abs(lower))),
+        _worst(activity - upper, terms + np.where(np.isinf(upper), 0.0, np.abs(upper))),
+        _worst(-values, np.full_like(values, np.abs(values).max(initial=0.0))),
     )
-    dual = max(_worst(reduced / cost_scale), _worst(wrong / (1.0 + np.abs(duals))))
-    side = np.where(duals > 0, program.row_upper, program.row_lower)
-    objective = float(program.objective @ values)
-    bound = float(duals @ np.where(np.isinf(side), 0.0, side))
-    gap = abs(objective - bound) / (1.0 + abs(objective))
+    reduced = program.objective - matrix.T @ duals
+    wrong = np.where(np.isinf(upper), duals, 0.0) + np.where(np.isinf(lower), -duals, 0.0)
+    dual = max(
+        _worst(reduced, np.abs(program.objective) + size.T @ np.abs(duals) + _floor(size, duals, axis=0)),
+        _worst(wrong, np.full_like(duals, np.abs(duals).max(initial=0.0))),
+    )
+    side = np.where(duals > 0, upper, lower)
+    side = np.where(np.isinf(side), 0.0, side)
+    objective, bound = float(program.objective @ values), float(duals @ side)
+    weight = float(np.abs(program.objective) @ np.abs(values) + np.abs(duals) @ np.abs(side))
+    gap = abs(objective - bound) / weight if weight > 0 else abs(objective - bound)
     return Certificate(primal, dual, gap, objective, bound)
 
 
-def _worst(violations: Array) -> float:
-    """The largest positive entry; NaN stays NaN, so that it fails every tolerance."""
-    return float(np.max(violations, initial=0.0))
+def _floor(size: sparse.csc_array, against: Array, axis: int) -> Array:
+    """What rounding of the largest values may do to each row (axis 1) or column (axis 0)."""
+    largest = size.max(axis=axis).toarray().ravel() if size.nnz else np.zeros(size.shape[1 - axis])
+    floor: Array = ROUNDING * largest * np.abs(against).max(initial=0.0)
+    return floor
+
+
+def _worst(violation: Array, weight: Array) -> float:
+    """The largest violation relative to its weight; NaN stays NaN, so that it fails every tolerance."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(violation > 0, violation / weight, np.where(np.isnan(violation), np.nan, 0.0))
+    return float(np.max(relative, initial=0.0))

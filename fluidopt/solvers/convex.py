@@ -10,6 +10,7 @@ import numpy as np
 from fluidopt.errors import InfeasibleModel, SolverFailure
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Solution, SolverOptions, certify
+from fluidopt.solvers.scaling import scale
 
 _TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11, "max_iter": 500}
 
@@ -21,29 +22,24 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         InfeasibleModel: where Clarabel proves that there is no (finite) optimum.
         SolverFailure: on a limit or numerical trouble.
     """
-    equal = program.row_lower == program.row_upper
-    above = ~equal & np.isfinite(program.row_upper)
-    below = ~equal & np.isfinite(program.row_lower)
-    matrix = program.matrix.tocsr()
-    # Rows scaled to largest entry 1 and the objective likewise: Clarabel's tolerances are absolute near 0.
-    largest = np.maximum(abs(matrix).max(axis=1).toarray().ravel(), 1e-300)
-    money = float(np.abs(program.objective).max(initial=0.0)) or 1.0
-    x = cp.Variable(program.shape[1], nonneg=True)
+    scaled, scaling = scale(program)
+    equal = scaled.row_lower == scaled.row_upper
     kinds = [
         (rows, sign, side)
         for rows, sign, side in (
-            (equal, 1, program.row_upper),
-            (above, 1, program.row_upper),
-            (below, -1, program.row_lower),
+            (equal, 1, scaled.row_upper),
+            (~equal & np.isfinite(scaled.row_upper), 1, scaled.row_upper),
+            (~equal & np.isfinite(scaled.row_lower), -1, scaled.row_lower),
         )
         if rows.any()
     ]
+    matrix = scaled.matrix.tocsr()
+    x = cp.Variable(program.shape[1], nonneg=True)
     constraints: list[cp.Constraint] = []
     for rows, sign, side in kinds:
-        left = (matrix[rows] / largest[rows, None]) @ x * sign
-        right = side[rows] / largest[rows] * sign
+        left, right = sign * (matrix[rows] @ x), sign * side[rows]
         constraints.append(left == right if rows is equal else left <= right)
-    problem = cp.Problem(cp.Maximize((program.objective / money) @ x), constraints)
+    problem = cp.Problem(cp.Maximize(scaled.objective @ x), constraints)
     limits = {"time_limit": options.time_limit} if np.isfinite(options.time_limit) else {}
     try:
         with warnings.catch_warnings():
@@ -60,6 +56,6 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         raise SolverFailure(f"cvxpy (Clarabel) stopped with {problem.status!r}")
     duals = np.zeros(program.shape[0])
     for (rows, sign, _), constraint in zip(kinds, constraints, strict=True):
-        duals[rows] = sign * np.atleast_1d(constraint.dual_value) * money / largest[rows]
-    values = np.maximum(x.value, 0.0)
+        duals[rows] += sign * np.atleast_1d(constraint.dual_value)
+    values, duals = scaling.values(np.maximum(x.value, 0.0)), scaling.duals(duals)
     return Solution(values, duals, certify(program, values, duals), "cvxpy Clarabel")

@@ -15,9 +15,12 @@ import numpy as np
 from fluidopt.errors import InfeasibleModel, SolverFailure
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Solution, SolverOptions, certify
+from fluidopt.solvers.scaling import scale
 
 # Measured on these programs: simplex needs seconds from about 2,000 rows on, where interior point needs a tenth.
 SIMPLEX_ROWS = 1_000
+# On the scaled program; tighter than HiGHS's default because the certificate is relative.
+FEASIBILITY = 1e-9
 
 _STATUS = highspy.HighsModelStatus
 
@@ -67,11 +70,14 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         InfeasibleModel: where HiGHS proves that there is no (finite) optimum.
         SolverFailure: on a limit or numerical trouble.
     """
-    highs = new_highs(program)
+    scaled, scaling = scale(program)
+    highs = new_highs(scaled)
     method = options.method
     if method == "auto":
         method = "simplex" if program.shape[0] <= SIMPLEX_ROWS else "ipm"
     highs.setOptionValue("solver", method)
+    for tolerance in ("primal_feasibility_tolerance", "dual_feasibility_tolerance"):
+        highs.setOptionValue(tolerance, FEASIBILITY)
     if np.isfinite(options.time_limit):
         highs.setOptionValue("time_limit", float(options.time_limit))
     highs.run()
@@ -87,5 +93,6 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
     if status != _STATUS.kOptimal:
         raise SolverFailure(f"HiGHS ({method}) stopped with {highs.modelStatusToString(status)!r}")
     answer = highs.getSolution()
-    values, duals = np.array(answer.col_value), np.array(answer.row_dual)
+    values = scaling.values(np.maximum(np.array(answer.col_value), 0.0))
+    duals = scaling.duals(np.array(answer.row_dual))
     return Solution(values, duals, certify(program, values, duals), f"HiGHS {method}")

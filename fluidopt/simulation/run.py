@@ -1,0 +1,414 @@
+"""One replication of the chain: builds the compiled state, runs it to the asked times, collects what it saw."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+
+from fluidopt.simulation.kernel import (
+    BUCKET,
+    CLASS,
+    COUNTERS,
+    ENTRANT,
+    EXHAUSTED,
+    FLEET,
+    GPU,
+    MARGIN,
+    MEMBER,
+    NONE,
+    QUEUE,
+    REACHED,
+    REQUEST,
+    ROLE,
+    ROLE_TALLY,
+    SCALARS,
+    SERVICE,
+    TALLY,
+    WAITING,
+    State,
+    Tables,
+    advance,
+    load,
+)
+from fluidopt.simulation.system import (
+    FEWEST_DECODES,
+    FloatArray,
+    IntArray,
+    Replication,
+    Start,
+    System,
+    Trajectory,
+    reject,
+)
+
+WAITING_LIMIT = 20_000_000
+"""Default cap on requests waiting at once; a waiting request takes 24 bytes, so the default is 0.5 GB."""
+
+
+class WaitingLimitExceeded(RuntimeError):
+    """More requests were waiting at once than `max_waiting` allows."""
+
+
+class EventLimitExceeded(RuntimeError):
+    """A replication needed more events than `max_events` allows."""
+
+
+def _group(rates: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Fewest groups of classes whose positive rates differ by less than a factor 2: group of each class, bounds."""
+    group = np.full(rates.size, NONE, dtype=np.int64)
+    bounds: list[float] = []
+    for i in np.argsort(-rates, kind="stable"):
+        if rates[i] <= 0:
+            break
+        if not bounds or rates[i] <= bounds[-1] / 2:
+            bounds.append(float(rates[i]))
+        group[i] = len(bounds) - 1
+    return group, np.array(bounds)
+
+
+def _alias_table(rates: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Walker's alias table, built as by Vose (1991): cell i stands for class i below its threshold, else its alias."""
+    threshold = np.ones(rates.size)
+    alias = np.arange(rates.size)
+    if rates.sum() > 0:
+        share = rates / rates.sum() * rates.size
+        small = list(np.flatnonzero(share < 1))
+        large = list(np.flatnonzero(share >= 1))
+        while small and large:
+            i, j = small.pop(), large[-1]
+            threshold[i], alias[i] = share[i], j
+            share[j] -= 1 - share[i]
+            if share[j] < 1:
+                small.append(large.pop())
+    return threshold, alias
+
+
+def _quantum(system: System) -> float:
+    """Unit in which the earnings of decodes are kept as integers, so that their sum over the fleet is exact."""
+    largest = float(np.max(np.abs(system.decode_reward / system.output_tokens)))
+    seats = float(np.dot(system.role_gpus, system.role_decode_slots))
+    bits = min(40, 61 - int(np.ceil(np.log2(seats + 2))))
+    return largest / 2.0**bits if largest > 0 else 1.0
+
+
+def _build_tables(system: System) -> tuple[Tables, FloatArray]:
+    """The tables, and the bounds of the buckets."""
+    speeds = system.decode_speeds()
+    prefills = system.role_prefill_mode >= 0
+    present = system.role_gpus > 0
+    fastest = speeds[present & (system.role_decode_slots > 0)].max(initial=0.0)
+    decode_group, decode_bounds = _group(fastest / system.output_tokens)
+    prefill_group, prefill_bounds = _group(system.prefill_rates()[present].max(axis=0))
+    waiting_group, waiting_bounds = _group(system.abandonment_rate)
+
+    fleet = np.zeros(1, dtype=FLEET)
+    fleet["arrival_rate"] = system.arrival_rate.sum()
+    fleet["first_prefill_bucket"] = first_prefill = decode_bounds.size
+    fleet["first_waiting_bucket"] = first_waiting = first_prefill + prefill_bounds.size
+    fleet["by_level"] = system.placement == FEWEST_DECODES
+    fleet["idle_stride"] = system.role_gpus[prefills].sum()
+
+    classes = np.zeros(system.classes, dtype=CLASS)
+    classes["per_prompt"] = 1.0 / system.prompt_tokens
+    classes["per_output"] = 1.0 / system.output_tokens
+    classes["abandonment"] = system.abandonment_rate
+    classes["earning"] = np.rint(system.decode_reward / system.output_tokens / _quantum(system))
+    for name in ("gate_base", "gate_slope", "gate_queue_target"):
+        classes[name] = getattr(system, name)
+    classes["alias_threshold"], classes["alias"] = _alias_table(system.arrival_rate)
+    classes["decode_bucket"] = decode_group
+    classes["prefill_bucket"] = first_prefill + prefill_group
+    classes["waiting_bucket"] = np.where(waiting_group >= 0, first_waiting + waiting_group, NONE)
+
+    roles = np.zeros(system.roles, dtype=ROLE)
+    mode = system.role_prefill_mode
+    roles["prefill_speed"] = np.where(prefills, system.mode_chunk[mode] / system.mode_time[mode], 0.0)
+    roles["rest_speed"], roles["mixed_speed"] = speeds.T
+    roles["first_gpu"] = np.cumsum(system.role_gpus) - system.role_gpus
+    roles["decode_slots"] = system.role_decode_slots
+    roles["slots"] = system.role_slots
+    roles["prefills"] = prefills
+    bounds = np.concatenate([decode_bounds, prefill_bounds, waiting_bounds])
+    return Tables(fleet, classes, roles, system.router_order.copy()), bounds
+
+
+def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
+    """The empty fleet, without room for a request."""
+    count = system.classes
+    gpus = np.zeros(system.gpus, dtype=GPU)
+    gpus["role"] = np.repeat(np.arange(system.roles), system.role_gpus)
+    gpus["free_position"] = gpus["idle_position"] = gpus["idle_level"] = NONE
+    buckets = np.zeros(bounds.size, dtype=BUCKET)
+    buckets["bound"] = bounds
+    buckets["per_bound"] = 1.0 / bounds
+    scalars = np.zeros(1, dtype=SCALARS)
+    scalars["next_time"] = np.nan
+    scalars["pool_free"] = NONE
+    levels = int(system.role_decode_slots.max()) + 1 if system.placement == FEWEST_DECODES else 1
+    leaves = max(2, 1 << (count - 1).bit_length())
+    return State(
+        scalars=scalars,
+        gpus=gpus,
+        free_members=np.zeros(system.gpus, dtype=np.int32),
+        free_size=np.zeros(system.roles, dtype=np.int64),
+        idle_members=np.empty(levels * int(tables.fleet["idle_stride"][0]), dtype=np.int32),
+        idle_size=np.zeros(levels, dtype=np.int64),
+        idle_words=np.zeros((levels + 63) // 64, dtype=np.uint64),
+        tallies=np.zeros(count, dtype=TALLY),
+        roles=np.zeros(system.roles, dtype=ROLE_TALLY),
+        service=np.zeros(system.roles * count, dtype=SERVICE),
+        waiting=np.zeros(2 * count, dtype=WAITING),
+        queues=np.full(count + 1, NONE, dtype=QUEUE),
+        pool=np.empty(0, dtype=REQUEST),
+        weights=np.zeros(bounds.size),
+        buckets=buckets,
+        members=np.empty(0, dtype=MEMBER),
+        entrants=np.array([(np.inf, -np.inf)] * (count + 1), dtype=ENTRANT),
+        winners=np.full(2 * leaves, count, dtype=np.int32),
+    )
+
+
+def _make_room(state: State, members: IntArray | int, waiting: int, max_waiting: int) -> State:
+    """Room for so many more members per bucket and records in the pool; what is short of room is at least doubled."""
+    old = state.buckets.copy()
+    short = old["size"] + members + 2 * MARGIN > old["capacity"]
+    capacity = np.where(short, 2 * old["capacity"] + members + 64, old["capacity"])
+    state.buckets["capacity"] = capacity
+    state.buckets["start"] = np.cumsum(capacity) - capacity
+    entries = np.empty(capacity.sum(), dtype=MEMBER)
+    for before, after in zip(old, state.buckets, strict=True):
+        kept = state.members[before["start"] : before["start"] + before["size"]]
+        entries[after["start"] : after["start"] + before["size"]] = kept
+    pool = state.pool
+    if int(state.scalars["pool_used"][0]) + waiting + 2 * MARGIN > pool.size:
+        pool = np.empty(min(2 * pool.size + waiting + 64, max_waiting + 4 * MARGIN), dtype=REQUEST)
+        pool[: state.pool.size] = state.pool
+    state.scalars["full"] = 0
+    return state._replace(members=entries, pool=pool)
+
+
+def _spread(system: System, start: Start) -> tuple[IntArray, IntArray]:
+    """Seats for a start: (GPU, class) per prefill and per decode, as level over a role's GPUs as the caps allow."""
+    prefills, decodes = [], []
+    first = np.cumsum(system.role_gpus) - system.role_gpus
+    labels = np.arange(system.classes)
+    for r in range(system.roles):
+        count, slots = int(system.role_gpus[r]), int(system.role_slots[r])
+        running, seated = int(start.prefill[r].sum()), int(start.decode[r].sum())
+        most = count if system.role_prefill_mode[r] >= 0 else 0
+        if running > most:
+            raise reject("prefill", "Start", f"at most {most} prefills in service in role {r}", running)
+        cap = np.full(count, system.role_decode_slots[r])
+        cap[count - running :] = min(int(system.role_decode_slots[r]), slots - 1)
+        if seated > cap.sum():
+            rule = f"at most {cap.sum()} decodes in service in role {r}, where {running} prefills run"
+            raise reject("decode", "Start", rule, seated)
+        level = np.zeros(count, dtype=np.int64)
+        while seated > 0:
+            open_gpus = np.flatnonzero(level < cap)[:seated]
+            step = max(1, min(seated // open_gpus.size, int((cap - level)[open_gpus].min())))
+            level[open_gpus] += step
+            seated -= step * open_gpus.size
+        order = [np.flatnonzero(level > k) for k in range(level.max(initial=0))]
+        gpu = np.concatenate([labels[:0], *order])
+        decodes.append(np.stack([first[r] + gpu, np.repeat(labels, start.decode[r])], axis=1))
+        gpu = np.arange(count - running, count)
+        prefills.append(np.stack([first[r] + gpu, np.repeat(labels, start.prefill[r])], axis=1))
+    return np.concatenate(prefills), np.concatenate(decodes)
+
+
+def _interleave(counts: IntArray) -> IntArray:
+    """Class of each place in a queue of `counts` requests, the classes evenly mixed."""
+    labels = np.repeat(np.arange(counts.size), counts)
+    rank = np.arange(labels.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return labels[np.argsort((rank + 0.5) / counts[labels], kind="stable")]
+
+
+class _Run:
+    """A replication under way: the compiled state, and stopping it at given times."""
+
+    def __init__(
+        self, system: System, start: Start, rng: np.random.Generator, max_events: int, max_waiting: int
+    ) -> None:
+        self.system, self.rng, self.max_waiting = system, rng, max_waiting
+        self.events_left = max_events
+        prefills, decodes = _spread(system, start)
+        queue = np.repeat(np.arange(system.classes), start.prefill_queue)
+        waiting = np.concatenate([queue, system.classes + _interleave(start.decode_queue)])
+        if waiting.size > max_waiting:
+            rule = f"at least the {waiting.size} requests waiting at the start"
+            raise reject("max_waiting", "simulate", rule, max_waiting)
+        self.tables, bounds = _build_tables(system)
+        classes = self.tables.classes
+        label = waiting % system.classes  # a waiting request may be seated at once: room for it there too
+        needed = [
+            classes["decode_bucket"][np.concatenate([decodes[:, 1], label])],
+            classes["prefill_bucket"][np.concatenate([prefills[:, 1], label])],
+            classes["waiting_bucket"][label],
+        ]
+        used = np.concatenate(needed)
+        members = np.bincount(used[used >= 0], minlength=bounds.size)
+        empty = _build_state(system, self.tables, bounds)
+        self.state = _make_room(empty, members, waiting.size, max_waiting)
+        load(self.tables, self.state, rng, prefills, decodes, waiting)
+
+    def advance(self, until: float) -> None:
+        """Run to time `until`."""
+        while True:
+            status = advance(self.tables, self.state, self.rng, until, self.events_left)
+            if status == REACHED:
+                return
+            time = float(self.state.scalars["next_time"][0])
+            if status == EXHAUSTED:
+                raise EventLimitExceeded(
+                    f"The replication reached max_events at time {time:.6g} s, before {until:.6g} s. "
+                    "Raise max_events or shorten the horizon."
+                )
+            self._check_waiting(time)
+            self.state = _make_room(self.state, 0, 0, self.max_waiting)
+
+    def _check_waiting(self, time: float) -> None:
+        count = self.system.classes
+        queued, buffered = self.state.waiting["count"][:count], self.state.waiting["count"][count:]
+        if int(queued.sum() + buffered.sum()) <= self.max_waiting:
+            return
+        i = int(np.argmax(queued + buffered))
+        raise WaitingLimitExceeded(
+            f"More than max_waiting={self.max_waiting} requests were waiting at time {time:.6g} s, of class {i} "
+            f"{queued[i]} for prefill and {buffered[i]} for decode (abandonment_rate {self.system.abandonment_rate[i]}"
+            "). The fleet cannot keep up and its queues grow: add GPUs, give the class an abandonment_rate, or raise "
+            "max_waiting."
+        )
+
+    def open_window(self, time: float) -> Start:
+        """Forget the counters and moments of the past; returns the state."""
+        state = self.state
+        for table in (state.tallies, state.roles, state.service, state.waiting):
+            for name in table.dtype.names or ():
+                if name.endswith("moment") or name in COUNTERS.split() or name == "abandoned":
+                    table[name] = 0
+        scalars = state.scalars
+        self.events_left -= int(scalars["events"][0])
+        scalars["events"] = scalars["null_draws"] = 0
+        scalars["origin"] = time
+        return self.counts()
+
+    def counts(self) -> Start:
+        """The present state."""
+        shape = (self.system.roles, self.system.classes)
+        prefill_queue, decode_queue = self.state.waiting["count"].reshape(2, -1)
+        return Start(
+            prefill_queue=prefill_queue,
+            decode_queue=decode_queue,
+            prefill=self.state.service["prefill"].reshape(shape),
+            decode=self.state.service["decode"].reshape(shape),
+        )
+
+    def close_window(self, window: float, at_start: Start, trajectory: Trajectory | None) -> Replication:
+        """What was seen since the window opened, `window` seconds ago."""
+        system, state = self.system, self.state
+        shape = (system.roles, system.classes)
+        counters = {name: state.tallies[name].copy() for name in COUNTERS.split()}
+        abandoned_prefill, abandoned_decode = state.waiting["abandoned"].reshape(2, -1).copy()
+        queue_time = (state.waiting["count"] * window - state.waiting["moment"]).reshape(2, -1)
+        service = state.service
+        prefill_time = (service["prefill"] * window - service["prefill_moment"]).reshape(shape)
+        decode_time = (service["decode"] * window - service["decode_moment"]).reshape(shape)
+
+        rest_speed, mixed_speed = system.decode_speeds().T
+        gain = np.where(system.role_prefill_mode >= 0, mixed_speed - rest_speed, 0.0)
+        mixed_earning = state.roles["mixed_earning"] * window - state.roles["mixed_earning_moment"]
+        earning = decode_time @ (system.decode_reward / system.output_tokens)
+        expected = (
+            np.sum(prefill_time * system.prefill_rates() * system.prefill_reward)
+            + np.dot(rest_speed, earning)
+            + np.dot(gain, mixed_earning) * _quantum(system)
+        )
+        reward = counters["prefill_completions"] @ system.prefill_reward
+        reward += counters["decode_completions"] @ system.decode_reward
+        return Replication(
+            window=window,
+            **counters,
+            abandoned_prefill=abandoned_prefill,
+            abandoned_decode=abandoned_decode,
+            at_start=at_start,
+            at_end=self.counts(),
+            prefill_queue_time=queue_time[0],
+            decode_queue_time=queue_time[1],
+            prefill_time=prefill_time,
+            decode_time=decode_time,
+            reward=float(reward),
+            expected_reward=float(expected),
+            events=int(state.scalars["events"][0]),
+            null_draws=int(state.scalars["null_draws"][0]),
+            most_decodes=state.roles["most_decodes"].astype(np.int64),
+            most_requests=state.roles["most_requests"].astype(np.int64),
+            trajectory=trajectory,
+        )
+
+
+def simulate(
+    system: System,
+    start: Start,
+    *,
+    horizon: float,
+    warmup: float,
+    rng: np.random.Generator,
+    max_events: int = 10**11,
+    max_waiting: int = WAITING_LIMIT,
+    samples: int = 0,
+) -> Replication:
+    """Simulate one replication of the fleet from time 0 to `horizon` and report what happened in [warmup, horizon].
+
+    The start is settled by the policy's rules at time 0 (waiting requests take free slots), which is no event. The
+    same rng state gives the same path, whatever `warmup` and `samples`. About 0.1 us per event; the GIL is released.
+
+    Args:
+        system: the chain.
+        start: the state at time 0; `Start.empty(system)` is the empty fleet.
+        horizon: simulated time, s.
+        warmup: where the measurement window opens, s, in [0, horizon).
+        rng: source of randomness, advanced by the call. A thread needs its own.
+        max_events: stop with an error after this many events.
+        max_waiting: stop with an error when more requests than this wait at once.
+        samples: report the state at this many equally spaced times, 0 and horizon included.
+
+    Raises:
+        ValueError: an argument is out of range, or the start does not fit the system's caps.
+        WaitingLimitExceeded: the queues outgrew `max_waiting`; without abandonment, the fleet is overloaded.
+        EventLimitExceeded: `max_events` was reached before `horizon`.
+    """
+    if not (np.isfinite(horizon) and horizon > 0):
+        raise reject("horizon", "simulate", "finite and > 0", horizon)
+    if not 0 <= warmup < horizon:
+        raise reject("warmup", "simulate", f"in [0, horizon={horizon})", warmup)
+    if not isinstance(rng, np.random.Generator):
+        raise reject("rng", "simulate", "a numpy Generator, for instance numpy.random.default_rng(seed)", rng)
+    if max_events < 1:
+        raise reject("max_events", "simulate", ">= 1", max_events)
+    if not 1 <= max_waiting <= 2**30:
+        raise reject("max_waiting", "simulate", "between 1 and 2**30", max_waiting)
+    if samples < 0 or samples == 1:
+        raise reject("samples", "simulate", "0, or at least 2", samples)
+    if start.prefill.shape != (system.roles, system.classes):
+        rule = f"of shape (roles, classes) = {(system.roles, system.classes)}"
+        raise reject("start.prefill", "simulate", rule, start.prefill.shape)
+
+    run = _Run(system, start, rng, int(max_events), int(max_waiting))
+    times = np.linspace(0.0, horizon, samples)
+    seen: list[Start] = []
+    for time in times[times < warmup]:
+        run.advance(time)
+        seen.append(run.counts())
+    run.advance(warmup)
+    at_start = run.open_window(warmup)
+    for time in times[times >= warmup]:
+        run.advance(time)
+        seen.append(run.counts())
+    run.advance(horizon)
+    trajectory = None
+    if samples:
+        columns = {field.name: np.stack([getattr(s, field.name) for s in seen]) for field in fields(Start)}
+        trajectory = Trajectory(time=times, **columns)
+    return run.close_window(horizon - warmup, at_start, trajectory)

@@ -1,0 +1,286 @@
+"""What a replication of the chain takes and gives: the fleet, its state and what was counted, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+UNIFORM, FEWEST_DECODES = 0, 1
+"""Values of `System.placement`: which idle GPU starts a prefill."""
+
+
+def reject(parameter: str, caller: str, rule: str, value: object) -> ValueError:
+    """The error for an argument that breaks a rule."""
+    return ValueError(f"The {parameter!r} parameter of {caller} must be {rule}. Got {value!r} instead.")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class System:
+    """Everything the chain of the n-GPU system needs, as arrays; rates are totals of the fleet, not per GPU.
+
+    I classes, K modes, R roles. A role is a group of GPUs with the same two modes and the same caps. The partition of
+    [L26], section 4.1, is the roles mixed (`decode_slots` B-1, `slots` B) and solo (B and B, no prefill mode).
+
+    Attributes:
+        arrival_rate: (I,) requests/s.
+        prompt_tokens, output_tokens: (I,) mean prompt tokens P_i and mean decode iterations D_i, > 0.
+        abandonment_rate: (I,) theta_i, 1/s, in either queue; 0 means infinitely patient.
+        mode_chunk: (K,) prefill tokens per iteration, 0 for a mode without prefill.
+        mode_time: (K,) iteration time, s; nan for an idle mode, which has no iteration.
+        role_gpus: (R,) GPUs of the role.
+        role_prefill_mode: (R,) mode while a prefill runs, -1 where the role never prefills.
+        role_rest_mode: (R,) mode while none runs: decode only, or idle.
+        role_decode_slots: (R,) cap on the decodes of one GPU.
+        role_slots: (R,) cap on decodes plus prefill of one GPU.
+        gate_slope, gate_base, gate_queue_target: (I,) the gate admits the waiting class with the least
+            gate_base + gate_slope X_i, X_i the class's prefills in service; ties by the largest
+            Q_p,i - gate_queue_target_i, then by the lowest index. The occupancy gate of [L26], section 4.1, is slope
+            1/x_i, base 0 (x_i = 0: slope 0 and a base above every other key); prioritize-and-route, section 4.2.1, is
+            slope 0, base -D_i/P_i.
+        router_order: (R,) roles in order of preference for a decode, each once.
+        placement: 0 puts a prefill on a uniformly chosen idle GPU, 1 on one with the fewest decodes, uniform among
+            these.
+        prefill_reward, decode_reward: (I,) money for a completed prefill and for a completed decode: (0, w_i) if
+            charging is bundled, (c_p P_i, c_d D_i) if separate.
+
+    Raises:
+        ValueError: naming the field, the rule and the value.
+    """
+
+    arrival_rate: FloatArray
+    prompt_tokens: FloatArray
+    output_tokens: FloatArray
+    abandonment_rate: FloatArray
+    mode_chunk: FloatArray
+    mode_time: FloatArray
+    role_gpus: IntArray
+    role_prefill_mode: IntArray
+    role_rest_mode: IntArray
+    role_decode_slots: IntArray
+    role_slots: IntArray
+    gate_slope: FloatArray
+    gate_base: FloatArray
+    gate_queue_target: FloatArray
+    router_order: IntArray
+    placement: int
+    prefill_reward: FloatArray
+    decode_reward: FloatArray
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "mode": np.size(self.mode_chunk),
+            "role": np.size(self.role_gpus),
+            "class": np.size(self.arrival_rate),
+        }
+        for field in fields(self):
+            if field.name == "placement":
+                continue
+            kind = field.name.partition("_")[0]
+            size = sizes["role" if kind == "router" else kind if kind in sizes else "class"]
+            integral = kind in ("role", "router")
+            array = _checked_array(field.name, getattr(self, field.name), (size,), integral=integral)
+            object.__setattr__(self, field.name, array)
+        for label, size in sizes.items():
+            if size == 0:
+                raise ValueError(f"System needs at least one {label}. Got none.")
+        if self.placement not in (UNIFORM, FEWEST_DECODES):
+            raise reject("placement", "System", "0 (uniform) or 1 (fewest decodes)", self.placement)
+        self._check_rates()
+        self._check_roles()
+
+    def _check_rates(self) -> None:
+        for name in ("arrival_rate", "abandonment_rate", "mode_chunk"):
+            _check_each(name, getattr(self, name), lambda a: a >= 0, ">= 0")
+        for name in ("prompt_tokens", "output_tokens"):
+            _check_each(name, getattr(self, name), lambda a: a > 0, "> 0")
+        _check_each("mode_time", self.mode_time, lambda a: np.isnan(a) | (a > 0), "> 0, or nan for an idle mode")
+
+    def _check_roles(self) -> None:
+        modes = self.mode_chunk.size
+        iterates = np.isfinite(self.mode_time)
+        _check_each("role_gpus", self.role_gpus, lambda a: a >= 0, ">= 0")
+        if not 0 < self.role_gpus.sum() < 2**31:
+            raise reject("role_gpus", "System", "between 1 and 2**31 - 1 GPUs in total", self.role_gpus.sum())
+        if self.role_gpus.size * self.arrival_rate.size >= 2**30:
+            raise ValueError("System allows fewer than 2**30 pairs of a role and a class.")
+        _check_each("role_decode_slots", self.role_decode_slots, lambda a: (a >= 0) & (a < 2**31), ">= 0")
+        _check_each("role_prefill_mode", self.role_prefill_mode, lambda a: (a >= -1) & (a < modes), "a mode or -1")
+        _check_each("role_rest_mode", self.role_rest_mode, lambda a: (a >= 0) & (a < modes), "a mode")
+        prefills = self.role_prefill_mode >= 0
+        lowest = np.maximum(self.role_decode_slots, prefills)
+        _check_each(
+            "role_slots",
+            self.role_slots,
+            lambda a: (a >= lowest) & (a < 2**31),
+            "at least role_decode_slots, and at least 1 where the role prefills",
+        )
+        chosen = self.role_prefill_mode[prefills]
+        if not np.all(iterates[chosen] & (self.mode_chunk[chosen] > 0)):
+            raise reject("role_prefill_mode", "System", "a mode with a chunk and an iteration time", chosen)
+        if np.any(self.mode_chunk[self.role_rest_mode] > 0):
+            raise reject("role_rest_mode", "System", "a mode without a prefill chunk", self.role_rest_mode)
+        if np.any((self.role_decode_slots > 0) & ~iterates[self.role_rest_mode]):
+            rule = "a mode with an iteration time where role_decode_slots > 0"
+            raise reject("role_rest_mode", "System", rule, self.role_rest_mode)
+        if not np.array_equal(np.sort(self.router_order), np.arange(self.role_gpus.size)):
+            raise reject("router_order", "System", "each role once", self.router_order)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes I."""
+        return self.arrival_rate.size
+
+    @property
+    def roles(self) -> int:
+        """Number of roles R."""
+        return self.role_gpus.size
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs n."""
+        return int(self.role_gpus.sum())
+
+    def prefill_rates(self) -> FloatArray:
+        """Completion rates mu_p of a prefill, (R, I), 1/s, [L26] eq. (4); 0 where the role never prefills."""
+        mode = self.role_prefill_mode
+        speed = np.where(mode >= 0, self.mode_chunk[mode] / self.mode_time[mode], 0.0)
+        return speed[:, None] / self.prompt_tokens
+
+    def decode_speeds(self) -> FloatArray:
+        """Iterations/s of each role, (R, 2): while no prefill runs and while one does; 0 where there is none."""
+        rest = np.nan_to_num(1.0 / self.mode_time[self.role_rest_mode])
+        mode = self.role_prefill_mode
+        return np.stack([rest, np.where(mode >= 0, np.nan_to_num(1.0 / self.mode_time[mode]), 0.0)], axis=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Start:
+    """A state of the fleet as counts of requests: (I,) in the two queues, (R, I) in service in each role.
+
+    A replication starts from one, spreading the requests of a role over its GPUs as evenly as the caps allow and mixing
+    the classes evenly along the decode buffer; it reports the states its window opened and closed in as the same type.
+    """
+
+    prefill_queue: IntArray
+    decode_queue: IntArray
+    prefill: IntArray
+    decode: IntArray
+
+    @classmethod
+    def empty(cls, system: System) -> Start:
+        """The empty fleet."""
+        queue = np.zeros(system.classes, dtype=np.int64)
+        service = np.zeros((system.roles, system.classes), dtype=np.int64)
+        return cls(prefill_queue=queue, decode_queue=queue, prefill=service, decode=service)
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.prefill)
+        if len(shape) != 2:
+            raise reject("prefill", "Start", "an array of shape (roles, classes)", self.prefill)
+        for field in fields(self):
+            expected = shape[1:] if field.name.endswith("queue") else shape
+            counts = _checked_array(field.name, getattr(self, field.name), expected, integral=True, caller="Start")
+            _check_each(field.name, counts, lambda a: a >= 0, ">= 0", caller="Start")
+            object.__setattr__(self, field.name, counts)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trajectory:
+    """The state at equally spaced times: `time` (m,), queues (m, I), requests in service (m, R, I)."""
+
+    time: FloatArray
+    prefill_queue: IntArray
+    decode_queue: IntArray
+    prefill: IntArray
+    decode: IntArray
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Replication:
+    """What one replication saw in its window [warmup, horizon].
+
+    Per class and per stage the flows balance exactly, for example
+    arrivals = prefill_starts + abandoned_prefill + at_end.prefill_queue - at_start.prefill_queue.
+
+    Attributes:
+        window: length of the window, s.
+        arrivals, prefill_starts, prefill_completions, decode_starts, decode_completions, abandoned_prefill,
+            abandoned_decode: (I,) counts.
+        at_start, at_end: the states in which the window opened and closed.
+        prefill_queue_time, decode_queue_time: (I,) request-seconds spent waiting.
+        prefill_time, decode_time: (R, I) request-seconds spent in service.
+        reward: money earned by the completions counted.
+        expected_reward: integral of the reward rate given the state (prefills in service at their rate times their
+            reward, decodes likewise at the speed of their GPU's present mode). Its difference from `reward` has mean 0
+            over any window. Neither always varies less: with scarce slots the expected one is nearly constant, with
+            ample ones it has up to twice the variance (it measures service times). Across replications the difference
+            is a control variate.
+        events: arrivals, completions and abandonments, the transitions of the chain.
+        null_draws: draws rejected by the thinning, the overhead of the method.
+        most_decodes, most_requests: (R,) most decodes, and most decodes plus prefill, ever on one GPU of the
+            role, warm-up included.
+        trajectory: the state at `samples` times, None unless asked for.
+    """
+
+    window: float
+    arrivals: IntArray
+    prefill_starts: IntArray
+    prefill_completions: IntArray
+    decode_starts: IntArray
+    decode_completions: IntArray
+    abandoned_prefill: IntArray
+    abandoned_decode: IntArray
+    at_start: Start
+    at_end: Start
+    prefill_queue_time: FloatArray
+    decode_queue_time: FloatArray
+    prefill_time: FloatArray
+    decode_time: FloatArray
+    reward: float
+    expected_reward: float
+    events: int
+    null_draws: int
+    most_decodes: IntArray
+    most_requests: IntArray
+    trajectory: Trajectory | None
+
+    @property
+    def prefilling_gpu_time(self) -> FloatArray:
+        """GPU-seconds with a prefill running, (R,); a GPU runs at most one, so this is `prefill_time` over classes."""
+        return cast(FloatArray, self.prefill_time.sum(axis=1))
+
+
+def _checked_array(
+    name: str, value: object, shape: tuple[int, ...], *, integral: bool, caller: str = "System"
+) -> npt.NDArray[Any]:
+    array = np.array(value)
+    if array.shape != shape:
+        raise reject(name, caller, f"an array of shape {shape}", array.shape)
+    if array.dtype.kind not in ("iu" if integral else "iuf"):
+        raise reject(name, caller, "an array of integers" if integral else "an array of numbers", array.dtype.name)
+    array = array.astype(np.int64 if integral else np.float64)
+    if not integral and name != "mode_time" and not np.all(np.isfinite(array)):
+        raise reject(name, caller, "finite", array)
+    array.flags.writeable = False
+    return array
+
+
+def _check_each(
+    name: str,
+    array: npt.NDArray[Any],
+    allowed: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]],
+    rule: str,
+    caller: str = "System",
+) -> None:
+    good = allowed(array)
+    if not np.all(good):
+        place = tuple(int(k) for k in np.argwhere(~good)[0])
+        place_text = place[0] if len(place) == 1 else place
+        raise reject(f"{name}[{place_text}]", caller, rule, array[place].item())
