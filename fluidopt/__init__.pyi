@@ -14,6 +14,18 @@ from .plots import plot_plan, plot_result, plot_summary
 from .policy import Policy
 from .reference import reference_model
 from .scenario import Scenario, read_scenario
+from .service_levels import (
+    AbandonmentShare,
+    CompletionFloor,
+    DecodeFairness,
+    KVMemory,
+    KVTransfer,
+    MeanTPOT,
+    MeanTTFT,
+    MeanWait,
+    PrefillFairness,
+    SlotTPOT,
+)
 from .simulation.result import Estimate, SimulationResult
 from .solvers import Certificate, SolverOptions
 from .traces import Classification, Trace, classify, read_trace
@@ -21,21 +33,31 @@ from .workload import TokenPrices, Workload, WorkloadClass
 
 __all__ = [
     "GPU",
+    "AbandonmentShare",
     "Certificate",
     "Classification",
+    "CompletionFloor",
     "ContentionCurve",
     "ContentionWarning",
+    "DecodeFairness",
     "Estimate",
     "FluidModel",
     "FluidoptError",
     "InfeasibleModel",
     "InvalidInput",
     "IterationTime",
+    "KVMemory",
+    "KVTransfer",
+    "MeanTPOT",
+    "MeanTTFT",
+    "MeanWait",
     "Mode",
     "Plan",
     "Policy",
+    "PrefillFairness",
     "Scenario",
     "SimulationResult",
+    "SlotTPOT",
     "SolverFailure",
     "SolverOptions",
     "TokenPrices",

@@ -380,8 +380,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
 
 
 def _show_policy(console: Console, policy: Policy) -> None:
-    counts = ", ".join(f"{role.gpus} {role.name}" for role in policy.roles)
-    console.print(f"[bold]Policy[/] {policy.kind} for {policy.gpus} GPUs ({counts})")
+    console.print(f"[bold]Policy[/] {policy.title}")
     for at, rule in enumerate(policy.rules(), start=1):
         _sentence(console, f"  {at}. ", rule)
     console.print()

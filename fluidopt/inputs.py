@@ -42,12 +42,13 @@ _RULES: Mapping[str, str] = {
     "string_too_short": "must not be empty",
     "too_short": "must have at least {min_length} entry",
     "literal_error": "must be {expected}",
-    "dataclass_type": "must be a {class_name}, or a table with its fields",
+    "dataclass_type": "must be of type {class_name}, or a table with its fields",
     "tuple_type": "must be a list",
 }
 _REQUIRED = {"missing", "missing_argument", "missing_keyword_only_argument"}
 # Every field name of every input type: what a misspelt key in a scenario file may have meant.
 _FIELDS: set[str] = set()
+_TYPES: set[str] = set()
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
 
 
@@ -56,6 +57,7 @@ def input_type(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen pydantic dataclass that raises `InvalidInput`."""
     made: Any = dataclass(frozen=True, config=_CONFIG)(cls)
     _FIELDS.update(field.name for field in fields(made))
+    _TYPES.add(cls.__name__)
     validate: Callable[..., None] = made.__init__
 
     @wraps(validate)
@@ -84,8 +86,8 @@ def parse(cls: type[T], data: object, *, source: str | None = None) -> T:
 
 
 def dump(value: object) -> Any:
-    """Return ``value`` (an input) as JSON-able data, leaving out fields at their defaults."""
-    return adapter(cast(Any, type(value))).dump_python(value, mode="json", exclude_defaults=True)
+    """Return ``value`` (an input) as JSON-able data, leaving out fields that are None."""
+    return adapter(cast(Any, type(value))).dump_python(value, mode="json", exclude_none=True)
 
 
 @cache
@@ -98,13 +100,25 @@ def explain(error: ValidationError, cls: type, *, label: object = None) -> str:
     """Rewrite a pydantic error as sentences: which field, which rule, which value."""
     where = f"{cls.__name__} {label!r}" if isinstance(label, str) and label else cls.__name__
     known = [field.name for field in fields(cls)] if is_dataclass(cls) else []
-    return f"{where}: " + "; ".join(_sentence(entry, known) for entry in error.errors(include_url=False))
+    entries = error.errors(include_url=False)
+    entries = [entry for entry in entries if not _other_branch(entry)] or entries
+    return f"{where}: " + "; ".join(dict.fromkeys(_sentence(entry, known) for entry in entries))
+
+
+def _other_branch(entry: Any) -> bool:
+    """Whether an error only says that a table is not the list (or a list not the table) that a union also admits."""
+    value, kind = entry["input"], entry["type"]
+    return (kind == "tuple_type" and isinstance(value, dict)) or (
+        kind == "dataclass_type" and isinstance(value, list | tuple)
+    )
 
 
 def _sentence(entry: Any, known: Sequence[str]) -> str:
     place = list(entry["loc"])
     if place and isinstance(place[0], int) and place[0] < len(known):
         place[0] = known[place[0]]
+    # A union names the branch it tried by its type; that is no part of the user's path.
+    place = [part for part in place if not (isinstance(part, str) and (part in _TYPES or "[" in part))]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     kind, value = entry["type"], entry["input"]
     if kind == "value_error":

@@ -15,17 +15,22 @@ from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fluidopt.algebra import RowFamily, SymbolicProgram, relation_parts
 from fluidopt.contention import GPU, Mode, warn_if_unphysical
-from fluidopt.errors import InfeasibleModel, InvalidInput
+from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
 from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Scenario, read_scenario
-from fluidopt.solvers import SolverOptions, solve_program
+from fluidopt.service_levels import Context, ServiceLevel, extend
+from fluidopt.solvers import Solution, SolverOptions, certify, solve_program
 from fluidopt.solvers.infeasible import conflict
 from fluidopt.tables import shorten
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
     from fluidopt.plan import Plan
+
+# Tangents to a convex penalty until it is exact to this share of the objective; the error shrinks quadratically.
+CUT_TOLERANCE = 1e-10
+MOST_CUTS = 60
 
 
 class FluidModel:
@@ -36,6 +41,7 @@ class FluidModel:
         gpus: the GPU type, or several types whose shares add up to 1.
         prices: what a token earns.
         charging: ``"bundled"`` (paid at completion) or ``"separate"`` (paid phase by phase).
+        service_levels: promises, from `fluidopt.service_levels`, as hard bounds or penalties.
 
     Rows can be added in the model's own symbols with `subject_to` and the objective replaced with `maximize`; both
     change this model and return it.
@@ -48,6 +54,7 @@ class FluidModel:
         *,
         prices: TokenPrices,
         charging: Charging = "bundled",
+        service_levels: Sequence[ServiceLevel] = (),
     ) -> None:
         workload = as_workload(classes)
         self.scenario = Scenario(
@@ -55,9 +62,15 @@ class FluidModel:
             gpu=gpus if isinstance(gpus, GPU) else tuple(gpus),
             prices=prices,
             charging=charging,
+            service_levels=tuple(service_levels),
             source=workload.source,
         )
-        self.symbolic: SymbolicProgram = replace(formulation(charging), labels=self.labels)
+        self.symbolic: SymbolicProgram
+        self.symbolic, self._level_values, self._additions = extend(
+            replace(formulation(charging), labels=self.labels),
+            self.scenario.service_levels,
+            Context(workload, self.modes, self.symbols),
+        )
         self._program: LinearProgram | None = None
         for gpu in self.gpu_types:
             warn_if_unphysical(gpu)
@@ -67,7 +80,13 @@ class FluidModel:
         """Build the model that a `Scenario`, or a scenario file, describes."""
         if not isinstance(scenario, Scenario):
             scenario = read_scenario(scenario)
-        model = cls(scenario.workload, scenario.gpu, prices=scenario.prices, charging=scenario.charging)
+        model = cls(
+            scenario.workload,
+            scenario.gpu,
+            prices=scenario.prices,
+            charging=scenario.charging,
+            service_levels=scenario.service_levels,
+        )
         if scenario.gpus is not None:
             model.scenario = replace(model.scenario, gpus=scenario.gpus)
         return model
@@ -162,14 +181,14 @@ class FluidModel:
             "D": workload.output_tokens,
             "C": np.array([mode.chunk for _, mode in modes], dtype=float),
             "b": np.array([mode.decode_slots for _, mode in modes], dtype=float),
-            # An idle mode makes no progress: an infinite iteration time gives it rates of 0.
-            "tau": np.array([mode.iteration_time or np.inf for _, mode in modes]),
+            # An idle mode has no iteration; with chunk and slots 0, any time gives it rates of 0.
+            "tau": np.array([mode.iteration_time or 1.0 for _, mode in modes]),
             "share": np.array([gpu.share for gpu in self.gpu_types]),
             "member": np.array([[float(of is gpu) for of, _ in modes] for gpu in self.gpu_types]),
             "c_p": np.float64(self.scenario.prices.prompt),
             "c_d": np.float64(self.scenario.prices.output),
         }
-        return Numbers(self.labels, values)
+        return Numbers(self.labels, values | self._level_values)
 
     def program(self) -> LinearProgram:
         """The model as sparse arrays."""
@@ -190,17 +209,46 @@ class FluidModel:
         """
         from fluidopt.plan import Plan
 
-        program = self.program()
-        try:
-            solution = solve_program(program, solver, options)
-        except InfeasibleModel as error:
-            raise self._explain(error, program) from None
-        return Plan.from_solution(self.copy(), program, solution)
+        symbolic = self.symbolic
+        for _ in range(MOST_CUTS):
+            program = self.program()
+            try:
+                solution = solve_program(program, solver, options)
+            except InfeasibleModel as error:
+                raise self._explain(error, program) from None
+            cuts, solution = self._cuts(program, solution)
+            if not cuts:
+                plan = Plan.from_solution(self.copy(), program, solution)
+                self.symbolic, self._program = symbolic, None if self.symbolic != symbolic else self._program
+                return plan
+            self._replace(replace(self.symbolic, constraints=(*self.symbolic.constraints, *cuts)))
+        raise SolverFailure(f"the convex penalties were not met to tolerance in {MOST_CUTS} rounds of tangents")
+
+    def _cuts(self, program: LinearProgram, solution: Solution) -> tuple[list[RowFamily], Solution]:
+        """Tangents that cut off the present values, where a convex penalty is still short of its true amount.
+
+        Where every penalty is exact to ``CUT_TOLERANCE`` of the objective there are none, and the solution is returned
+        with each penalty at its true amount, certified anew: tangents lie below the penalty, so the dual bound holds.
+        """
+        values, cuts = solution.values.copy(), []
+        for added in self._additions:
+            if added.cut is None:
+                continue
+            block = next(block for block in program.columns if block.name == added.variables[0].name)
+            at = int(block.numbers)
+            row, exact, present = added.cut(program.column_grids(values))
+            price = -program.objective[at]
+            if price * (exact - present) > CUT_TOLERANCE * (1e-300 + abs(solution.certificate.objective)):
+                cuts.append(row)
+            values[at] = max(exact, present)
+        if cuts or np.array_equal(values, solution.values):
+            return cuts, solution
+        return [], replace(solution, values=values, certificate=certify(program, values, solution.duals))
 
     def copy(self) -> FluidModel:
         """A model with the same rows that later changes to this one do not touch."""
         twin = object.__new__(FluidModel)
-        twin.scenario, twin.symbolic, twin._program = self.scenario, self.symbolic, self._program
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def _explain(self, error: InfeasibleModel, program: LinearProgram) -> InfeasibleModel:

@@ -13,7 +13,7 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram
 from fluidopt.solvers import Certificate, Solution, certify
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import bullets, html, shorten, text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,6 @@ class Plan:
     model: FluidModel
     program: LinearProgram
     solution: Solution
-    tolerance: float = 1e-7
 
     @classmethod
     def from_solution(cls, model: FluidModel, program: LinearProgram, solution: Solution) -> Plan:
@@ -62,7 +61,7 @@ class Plan:
                 exists = block.numbers >= 0
                 values[block.numbers[exists]] = np.maximum(grids[block.name][exists], 0.0)
         certificate = certify(self.program, values, self.solution.duals)
-        if not certificate.holds(self.tolerance):
+        if not certificate.holds(self.solution.tolerance):
             raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
         return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
 
@@ -244,6 +243,8 @@ class Plan:
     def thresholds(self) -> pd.DataFrame:
         """The price rule, a row per class: serve all, part, or turn away, and how far the class is from changing.
 
+        Decision "either" is a class at the threshold that this plan happens to serve in full or not at all.
+
         ``value``: money per completed request; ``margin``: value less the price of the capacity it takes, money per
         request (> 0: serve all, < 0: turn away, 0: the class at the threshold); ``served``: share of the arrivals
         that is prefilled.
@@ -254,9 +255,10 @@ class Plan:
         margin, value = self.class_margin, self._request_value
         with np.errstate(divide="ignore", invalid="ignore"):
             served = np.where(workload.arrival_rate > 0, self.admitted / workload.arrival_rate, np.nan)
+        whole = (served < SIGNIFICANT) | (served > 1 - SIGNIFICANT)
         decision = np.select(
-            [workload.abandonment_rate == 0, margin > SIGNIFICANT * value, margin < -SIGNIFICANT * value],
-            ["serve all (never abandons)", "serve all", "turn away"],
+            [workload.abandonment_rate == 0, margin > SIGNIFICANT * value, margin < -SIGNIFICANT * value, whole],
+            ["serve all (never abandons)", "serve all", "turn away", "either"],
             "serve part",
         )
         columns = {"decision": decision, "served": served, "margin": margin, "value": value}
@@ -279,6 +281,8 @@ class Plan:
                 meaning = row.meaning
                 for index, label in labels.items():
                     meaning = meaning.replace(f"{{{index}}}", label)
+                if block.name == "prefill_balance" and price < 0:
+                    meaning = f"requests of {labels['class']} arrive that must be dealt with"
                 sentences.append(f"{meaning}: {price:.6g} {row.dual_unit}")
         return tuple(sentences)
 
@@ -309,6 +313,13 @@ class Plan:
             found.append(
                 "which decodes run is not unique under separate charging; the plan gives every class the same share"
             )
+        decision = self.thresholds["decision"]
+        tied = list(self.thresholds.index[decision.isin(["either", "serve part"])])
+        if self.model.is_standard and "either" in set(decision) and len(tied) > 1:
+            found.append(
+                f"the optimum is not unique: {shorten(tied)} are all at the threshold, and another plan could serve "
+                "more of one and less of another for the same revenue in the fluid limit"
+            )
         if self.model.is_standard and self.model.scenario.charging == "bundled" and not self.decode_buffer_vanishes:
             found.append("the condition of decode-buffer elimination (kappa >= (B-1)/B) does not hold")
         return tuple(found)
@@ -329,13 +340,15 @@ class Plan:
 
     # ---- onwards ----------------------------------------------------------------------------------------------
 
-    def policy(self, *, gpus: int | None = None, kind: str | None = None) -> Policy:
+    def policy(self, *, gpus: int | None = None, kind: str | None = None, prefill_gpus: int | None = None) -> Policy:
         """Read the policy for a fleet of ``gpus`` GPUs off the plan.
 
         Args:
             gpus: n, at least 1 (default: the scenario's own number).
             kind: ``"gate-and-route"`` or ``"prioritize-and-route"``; by default the one that belongs to the charging
                 scheme.
+            prefill_gpus: how many GPUs may prefill, in place of the plan's share rounded up (one GPU type only). In a
+                small fleet one more or one fewer can earn more.
 
         Raises:
             InvalidInput: an unknown kind, or fewer GPUs than the plan needs roles.
@@ -345,13 +358,14 @@ class Plan:
         gpus = gpus if gpus is not None else self.model.scenario.gpus
         if gpus is None:
             raise InvalidInput("Plan.policy: gpus (number of GPUs in the fleet) is required")
-        return extract(self, gpus=gpus, kind=kind)
+        return extract(self, gpus=gpus, kind=kind, prefill_gpus=prefill_gpus)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data: the model, the primal and dual vectors; `from_dict` certifies them anew."""
         return {
             "model": self.model.to_dict(),
             "method": self.solution.method,
+            "tolerance": self.solution.tolerance,
             "values": self.solution.values.tolist(),
             "duals": self.solution.duals.tolist(),
         }
@@ -366,7 +380,7 @@ class Plan:
         try:
             model = FluidModel.from_dict(data["model"])
             values, duals = np.array(data["values"], dtype=float), np.array(data["duals"], dtype=float)
-            method = str(data["method"])
+            method, tolerance = str(data["method"]), float(data["tolerance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"not a saved plan: {error!r}") from None
         program = model.program()
@@ -375,8 +389,8 @@ class Plan:
                 f"not a saved plan of this model: {values.size} values and {duals.size} duals for "
                 f"{program.shape[1]} columns and {program.shape[0]} rows"
             )
-        plan = cls(model, program, Solution(values, duals, certify(program, values, duals), method))
-        if not plan.certificate.holds(plan.tolerance):
+        plan = cls(model, program, Solution(values, duals, certify(program, values, duals), method, tolerance))
+        if not plan.certificate.holds(plan.solution.tolerance):
             raise InvalidInput(f"the saved plan does not solve its model: {plan.certificate}")
         return plan
 
@@ -413,7 +427,9 @@ class Plan:
         parts = [
             html(self.modes, title=title, note=f"{self.solution.method}; {self.certificate}"),
             html(self.allocation, title="Allocation (requests/GPU; throughput in requests/s/GPU)"),
-            html(self.thresholds, title="Price thresholds (money/request)", note=" — ".join(self.notes) or None),
+            html(self.thresholds, title="Price thresholds (money/request)"),
+            bullets("Held back by", self.binding),
+            bullets("Notes", self.notes),
         ]
         return "".join(parts)
 

@@ -5,6 +5,8 @@ Colours are told apart in grey too (light to dark), and every axis carries its u
 
 from __future__ import annotations
 
+from functools import cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,16 +67,31 @@ def _earned(result: SimulationResult) -> str:
 
 def _figure(down: int, across: int, *, rows: int) -> tuple[Figure, Any]:
     """A figure of panels that belongs to no global state (nothing to close)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 0.4 + down * (1.5 + 0.3 * rows)), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
+    figure = _shown_figure()(figsize=(11.0, 0.4 + down * (1.5 + 0.3 * rows)), layout="constrained", dpi=130)
     axes = figure.subplots(down, across)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=INK)
     return figure, axes
+
+
+@cache
+def _shown_figure() -> type[Figure]:
+    """A matplotlib figure that a notebook shows by itself, whether or not pyplot was ever imported."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            picture = BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return ShownFigure
 
 
 def _title(figure: Figure, text: str) -> None:

@@ -43,7 +43,7 @@ class Block:
 
     def grid(self, values: Array) -> Array:
         """Spread a vector over all rows or columns back onto the grid; NaN where the member does not exist."""
-        return np.where(self.numbers >= 0, values[self.numbers], np.nan)
+        return np.where(self.numbers >= 0, values[self.numbers] + 0.0, np.nan)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from fluidopt.contention import GPU
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import PositiveInt, dump, input_type, parse
+from fluidopt.service_levels import ServiceLevel
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
 
 Charging = Literal["bundled", "separate"]
@@ -35,6 +36,8 @@ class Scenario:
     """Whether arrival rates are per GPU, or of the whole stream (then ``gpus`` is needed to divide them by)."""
     gpus: PositiveInt | None = None
     """Number of GPUs in the fleet, n; the fluid model itself needs none."""
+    service_levels: tuple[ServiceLevel, ...] = ()
+    """Promises the plan must keep, or pays for breaking."""
     source: str | None = None
     """Where the numbers come from, for reports."""
 

@@ -131,6 +131,11 @@ class Workload:
             return self.classes[self.names.index(key)]
         return self.classes[key]
 
+    def __repr__(self) -> str:
+        from fluidopt.tables import text
+
+        return f"Workload of {len(self)} classes\n{text(self.to_frame())}"
+
     def _repr_html_(self) -> str:
         from fluidopt.tables import html
 

@@ -173,7 +173,7 @@ def test_bad_arguments_are_named(policy: fo.Policy, arguments: dict[str, object]
 def test_estimate_names_what_it_knows(result: fo.SimulationResult) -> None:
     with pytest.raises(fo.InvalidInput, match="quantity must be one of revenue_rate"):
         result.estimate("profit")
-    with pytest.raises(fo.InvalidInput, match="throughput is of one of decode-heavy, prefill-heavy; got 'x'"):
+    with pytest.raises(fo.InvalidInput, match="throughput needs of= one of 'decode-heavy', 'prefill-heavy'; got 'x'"):
         result.estimate("throughput", "x")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NOISE = 1e-9
 
 
-def extract(plan: Plan, *, gpus: int, kind: str | None = None) -> Policy:
+def extract(plan: Plan, *, gpus: int, kind: str | None = None, prefill_gpus: int | None = None) -> Policy:
     """Read the policy for ``gpus`` GPUs off ``plan`` (see `fluidopt.plan.Plan.policy`)."""
     charging = plan.model.scenario.charging
     kind = kind or ("gate-and-route" if charging == "bundled" else "prioritize-and-route")
@@ -27,7 +27,13 @@ def extract(plan: Plan, *, gpus: int, kind: str | None = None) -> Policy:
         raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {kind!r}")
     if isinstance(gpus, bool) or int(gpus) != gpus or gpus < 1:
         raise InvalidInput(f"policy: gpus must be a whole number of at least 1; got {gpus!r}")
-    roles = assign_roles(plan, int(gpus))
+    types = plan.model.gpu_types
+    if prefill_gpus is not None and (len(types) > 1 or prefill_gpus not in range(int(gpus) + 1)):
+        raise InvalidInput(
+            f"policy: prefill_gpus must be a whole number from 0 to gpus = {gpus}, and goes with one GPU type "
+            f"(this model has {len(types)}); got {prefill_gpus!r}"
+        )
+    roles = assign_roles(plan, int(gpus), prefill_gpus)
     return Policy(
         kind=kind,  # type: ignore[arg-type]
         gpus=int(gpus),
@@ -63,10 +69,10 @@ def _clean(values: Array) -> tuple[Any, ...]:
     return tuple(None if math.isnan(value) else value if value > NOISE else 0.0 for value in values.tolist())
 
 
-def assign_roles(plan: Plan, gpus: int) -> tuple[Role, ...]:
+def assign_roles(plan: Plan, gpus: int, prefill_gpus: int | None = None) -> tuple[Role, ...]:
     """Give every GPU a role.
 
-    Of each type, ``ceil(n phi)`` GPUs may prefill, split over its prefill modes by largest remainder; the rest decode
+    Of each type, ``ceil(n phi)`` GPUs (or ``prefill_gpus``) may prefill, split over its prefill modes by largest remainder; the rest decode
     only, split likewise over its decode-only modes. A type without a decode-only mode prefills with all its GPUs.
 
     Raises:
@@ -86,7 +92,8 @@ def assign_roles(plan: Plan, gpus: int) -> tuple[Role, ...]:
     for gpu, count in zip(types, counts, strict=True):
         share = plan.mode_share[first : first + len(gpu.modes())]
         prefix = "" if len(types) == 1 else f"{gpu.name}/"
-        roles += _roles_of(gpu, share, int(count), gpus, prefix)
+        wanted = prefill_gpus if prefill_gpus is not None else _prefill_count(gpu, share, gpus)
+        roles += _roles_of(gpu, share, int(count), min(int(count), wanted), prefix)
         first += len(gpu.modes())
     if plan.admitted.sum() > NOISE and not any(role.prefill and role.gpus for role in roles):
         raise InvalidInput(f"policy: no GPU of {gpus} is left to prefill; use a larger fleet")
@@ -97,7 +104,13 @@ def assign_roles(plan: Plan, gpus: int) -> tuple[Role, ...]:
     return tuple(role for role in roles if role.gpus)
 
 
-def _roles_of(gpu: GPU, share: Array, count: int, fleet: int, prefix: str) -> list[Role]:
+def _prefill_count(gpu: GPU, share: Array, fleet: int) -> int:
+    """M = ceil(n phi) over the type's prefill modes."""
+    prefills = [k for k, mode in enumerate(gpu.modes()) if mode.prefills]
+    return math.ceil(fleet * float(share[prefills].sum()) - NOISE)
+
+
+def _roles_of(gpu: GPU, share: Array, count: int, wanted: int, prefix: str) -> list[Role]:
     modes = gpu.modes()
     prefills = [k for k, mode in enumerate(modes) if mode.prefills]
     decodes = [k for k, mode in enumerate(modes) if not mode.prefills and mode.decode_slots]
@@ -105,7 +118,6 @@ def _roles_of(gpu: GPU, share: Array, count: int, fleet: int, prefix: str) -> li
         able = prefills or decodes
         split = _spread(share, able, count)
         return [_role(gpu, modes[k], number, prefix) for k, number in zip(able, split, strict=True)]
-    wanted = min(count, math.ceil(fleet * float(share[prefills].sum()) - NOISE))
     return [
         _role(gpu, modes[k], number, prefix)
         for able, total in ((prefills, wanted), (decodes, count - wanted))

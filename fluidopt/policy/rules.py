@@ -179,17 +179,17 @@ class Policy:
         last = [name for name, x in zip(names, targets.prefill, strict=True) if x == 0]
         queues = [f"{name}: {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
         sentence = (
-            lead + "the class whose prefills in service are the smallest multiple of their target "
+            lead + "of the waiting classes the one whose prefills in service are the smallest multiple of their target "
             f"({shorten(wanted, between='; ')}); on a tie, the class whose queue is furthest above its target "
             f"({shorten(queues, between='; ') + '; ' if queues else ''}0 for the others)."
         )
         return sentence + (f" Only when none of these waits: {shorten(last)}." if last else "")
 
     def _router_sentence(self) -> str:
-        order = " else ".join(f"a {name} GPU" for name in self.router.order)
+        order = ", else ".join(f"a {name} GPU" for name in self.router.order)
         return (
-            f"A request whose prefill is done goes to {order} with a free decode slot (a random one), else it waits "
-            "in one first-come first-served buffer. A freed decode slot takes the head of that buffer at once."
+            f"A request whose prefill is done goes to a random GPU with a free decode slot: {order}; else it waits in one "
+            "first-come first-served buffer. A freed decode slot takes the head of that buffer at once."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,9 +218,14 @@ class Policy:
         except json.JSONDecodeError as error:
             raise InvalidInput(f"not a saved policy: {error}") from None
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """Kind and roles in one line."""
         counts = ", ".join(f"{role.gpus} {role.name}" for role in self.roles)
-        lines = [f"Policy {self.kind} for {self.gpus} GPUs ({counts})"]
+        return f"{self.kind} for {self.gpus} GPU{'s' if self.gpus != 1 else ''} ({counts})"
+
+    def __str__(self) -> str:
+        lines = [f"Policy {self.title}"]
         return "\n".join(lines + [f"  {at}. {rule}" for at, rule in enumerate(self.rules(), start=1)])
 
     __repr__ = __str__
@@ -229,7 +234,7 @@ class Policy:
         from html import escape
 
         items = "".join(f"<li>{escape(rule)}</li>" for rule in self.rules())
-        return f"<div><b>Policy {self.kind} for {self.gpus} GPUs</b><ol>{items}</ol></div>"
+        return f"<div><b>Policy {escape(self.title)}</b><ol>{items}</ol></div>"
 
 
 def _role_sentence(role: Role) -> str:

@@ -19,7 +19,7 @@ from fluidopt.program import Array
 from fluidopt.simulation.fleet import fleet_system, fluid_start
 from fluidopt.simulation.run import EventLimitExceeded, WaitingLimitExceeded, simulate
 from fluidopt.simulation.system import Replication, Start, System
-from fluidopt.tables import html, text
+from fluidopt.tables import html, shorten, text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,8 @@ class SimulationResult:
             return Estimate.of(values)
         labels = self._labels(quantity)
         if of not in labels:
-            raise InvalidInput(f"estimate: {quantity} is of one of {', '.join(labels)}; got {of!r}")
+            known = shorten([repr(label) for label in labels])
+            raise InvalidInput(f"estimate: {quantity} needs of= one of {known}; got {of!r}")
         return Estimate.of(values[:, labels.index(of)])
 
     def _labels(self, quantity: str) -> list[str]:
@@ -217,6 +218,7 @@ class SimulationResult:
             self.to_frame(),
             title=f"{self.policy.kind}, {self.policy.gpus} GPUs: {self.revenue_rate}",
             note=note,
+            max_rows=80,
         )
 
 
@@ -248,10 +250,10 @@ def simulate_policy(
     policy: Policy, *, horizon: float, warmup: float | None, replications: int, seed: int | None, start: str
 ) -> SimulationResult:
     """Run independent replications, in threads, and collect their averages (see `Policy.simulate`)."""
-    warmup = horizon / 10 if warmup is None else warmup
-    if not (np.isfinite(horizon) and horizon > 0):
+    if not (isinstance(horizon, int | float | np.number) and np.isfinite(horizon) and horizon > 0):
         raise InvalidInput(f"simulate: horizon must be a finite number of seconds above 0; got {horizon!r}")
-    if not 0 <= warmup < horizon:
+    warmup = horizon / 10 if warmup is None else warmup
+    if not (isinstance(warmup, int | float | np.number) and 0 <= warmup < horizon):
         raise InvalidInput(f"simulate: warmup must be at least 0 and below horizon ({horizon:g} s); got {warmup!r}")
     if isinstance(replications, bool) or not isinstance(replications, int) or replications < 2:
         raise InvalidInput(
@@ -294,7 +296,7 @@ def simulate_policy(
 
 def _progress(runs: Any, total: int) -> Any:
     """A bar on stderr, only where a person watches."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(runs, total=total, desc="replications", file=sys.stderr, disable=None, leave=False, delay=1.0)
 

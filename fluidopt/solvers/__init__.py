@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Certificate, Solution, SolverOptions, certify
@@ -25,10 +27,11 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
     options = options or SolverOptions()
     if options.method not in {"auto", "simplex", "ipm"}:
         raise InvalidInput(f"SolverOptions.method must be 'auto', 'simplex' or 'ipm'; got {options.method!r}")
-    if not options.time_limit > 0 or not 0 < options.tolerance < 1:
+    tolerance = options.tolerance if options.tolerance is not None else 1e-6 if solver == "cvxpy" else 1e-7
+    if not options.time_limit > 0 or not 0 < tolerance < 1:
         raise InvalidInput(
             "SolverOptions: time_limit must be above 0 s and tolerance between 0 and 1; "
-            f"got {options.time_limit!r}, {options.tolerance!r}"
+            f"got {options.time_limit!r}, {tolerance!r}"
         )
     if solver in {"auto", "highs"}:
         from fluidopt.solvers.highs import solve
@@ -37,12 +40,12 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
     else:
         raise InvalidInput(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}")
     solution = solve(program, options)
-    if not solution.certificate.holds(options.tolerance):
+    if not solution.certificate.holds(tolerance):
         raise SolverFailure(
             f"the answer of {solution.method} fails its certificate: {solution.certificate}, where "
-            f"{options.tolerance:.0e} is asked; try another solver or rescale the input"
+            f"{tolerance:.0e} is asked; try another solver or rescale the input"
         )
-    return solution
+    return replace(solution, tolerance=tolerance)
 
 
 __all__ = ["SOLVERS", "Certificate", "Solution", "SolverOptions", "certify", "solve_program"]

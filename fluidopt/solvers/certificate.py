@@ -30,7 +30,7 @@ class Certificate:
     dual_residual: float
     """Largest wrong-signed reduced cost or row dual, over the sum of the absolute terms it is made of."""
     gap: float
-    """|primal objective - dual objective|, over the sum of the absolute terms of both."""
+    """Distance of the primal from the dual objective, over the sum of the absolute terms of both."""
     objective: float
     """Primal objective, in the program's unit."""
     bound: float
@@ -58,6 +58,8 @@ class Solution:
     certificate: Certificate
     method: str
     """Which solver and algorithm produced the pair."""
+    tolerance: float = 1e-7
+    """What its certificate was held to."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class SolverOptions:
     """HiGHS only: ``"auto"`` (by size), ``"simplex"`` or ``"ipm"`` (interior point with crossover)."""
     time_limit: float = float("inf")
     """Seconds."""
-    tolerance: float = 1e-7
-    """What the certificate must meet."""
+    tolerance: float | None = None
+    """What the certificate must meet: by default 1e-7, for cvxpy's interior point (which ends near a vertex, not on
+    one) 1e-6."""
 
 
 def certify(program: LinearProgram, values: Array, duals: Array) -> Certificate:

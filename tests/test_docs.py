@@ -1,0 +1,98 @@
+"""The documentation builds without a warning, its code runs, and it covers every public name and every option."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import nbformat
+import pytest
+import typer
+from test_notebooks import NOTEBOOKS, executed
+
+import fluidopt as fo
+from fluidopt.cli import app
+
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = sorted((DOCS / "examples").glob("*.toml"))
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """A finished build: its log, and the folder of the pages.
+
+    The notebooks in it are already executed, so that each runs once in a test session.
+    """
+    root = tmp_path_factory.mktemp("docs")
+    source, pages = root / "docs", root / "html"
+    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("_build", "notebooks", "__pycache__"))
+    (source / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        nbformat.write(executed(path), source / "notebooks" / path.name)
+    with (source / "conf.py").open("a", encoding="utf-8") as settings:
+        settings.write('\nnb_execution_excludepatterns = ["notebooks/*"]\n')
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", source, pages]
+    return subprocess.run(command, capture_output=True, text=True, check=False), pages
+
+
+@pytest.fixture(scope="session")
+def site(build):
+    """The folder of the built pages."""
+    return build[1]
+
+
+@pytest.fixture(scope="session")
+def documented(site):
+    """The Python names that the pages define, from the inventory."""
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    lines = zlib.decompress(inventory).decode().splitlines()
+    return {line.split(maxsplit=1)[0] for line in lines if " py:" in line}
+
+
+def words(page):
+    """The text of a built page, without markup."""
+    return re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+
+
+def test_builds_without_a_warning(build):
+    done, _ = build
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in fo.__all__ if name != "__version__"])
+def test_every_public_name_is_documented(documented, name):
+    assert f"fluidopt.{name}" in documented
+
+
+def test_every_command_and_option_is_documented(site):
+    page = words(site / "cli.html")
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"fluidopt {name}" in page
+        for option in command.params:
+            assert all(form in page for form in option.opts if form.startswith("--"))
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4])
+def test_exit_codes_are_documented(site, code):
+    assert f"<dt>{code}</dt>" in (site / "cli.html").read_text(encoding="utf-8")
+
+
+def test_every_notebook_is_a_page(site):
+    assert NOTEBOOKS
+    assert all((site / "notebooks" / f"{path.stem}.html").is_file() for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_scenario_examples_are_valid_and_have_a_plan(path):
+    scenario = fo.read_scenario(path)
+    plan = fo.FluidModel.from_scenario(scenario).solve()
+    assert plan.certificate.holds(1e-7)
+    assert fo.Scenario.from_dict(scenario.to_dict()) == scenario
+
+
+def test_every_scenario_example_is_on_the_page():
+    page = (DOCS / "scenario.md").read_text(encoding="utf-8")
+    assert EXAMPLES
+    assert all(f"examples/{path.name}" in page for path in EXAMPLES)
