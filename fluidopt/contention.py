@@ -142,10 +142,10 @@ class GPU:
         if not any(mode.prefills for mode in modes) and not any(mode.decode_slots for mode in modes):
             raise InvalidInput("operating_modes has only idle modes; give one that prefills or decodes")
         for mode in modes:
-            if mode.decode_slots > self.batch_size:
+            if mode.decode_slots + mode.prefills > self.batch_size:
                 raise InvalidInput(
-                    f"operating_modes: mode {mode.name!r} has decode_slots {mode.decode_slots}, more than "
-                    f"batch_size {self.batch_size}"
+                    f"operating_modes: mode {mode.name!r} has decode_slots {mode.decode_slots}"
+                    f"{' beside its prefill' if mode.prefills else ''}, more than batch_size {self.batch_size}"
                 )
             if mode.prefills:
                 self.rest_mode(mode)

@@ -7,22 +7,36 @@ field, the value and the rule.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, wraps
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from numbers import Real
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fluidopt.errors import InvalidInput
 
 T = TypeVar("T")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+def _not_bool(value: Any) -> Any:
+    """Refuse true and false, which Python would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number; got {value!r}")
+    return value
+
+
+_Number = BeforeValidator(_not_bool)
+MOST = 10**9
+"""Largest count of anything that comes in whole numbers."""
+Finite = Annotated[float, Field(allow_inf_nan=False), _Number]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+PositiveInt = Annotated[int, Field(ge=1, le=MOST), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), _Number]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -42,12 +56,9 @@ _RULES: Mapping[str, str] = {
     "string_too_short": "must not be empty",
     "too_short": "must have at least {min_length} entry",
     "literal_error": "must be {expected}",
-    "dataclass_type": "must be of type {class_name}, or a table with its fields",
     "tuple_type": "must be a list",
 }
 _REQUIRED = {"missing", "missing_argument", "missing_keyword_only_argument"}
-# Every field name of every input type: what a misspelt key in a scenario file may have meant.
-_FIELDS: set[str] = set()
 _TYPES: set[str] = set()
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
 
@@ -56,7 +67,6 @@ _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
 def input_type(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen pydantic dataclass that raises `InvalidInput`."""
     made: Any = dataclass(frozen=True, config=_CONFIG)(cls)
-    _FIELDS.update(field.name for field in fields(made))
     _TYPES.add(cls.__name__)
     validate: Callable[..., None] = made.__init__
 
@@ -70,6 +80,18 @@ def input_type(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__
     return cast(type[T], made)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite real number, and not a truth value."""
+    if type(value) is bool or not isinstance(value, Real):
+        return False
+    return math.isfinite(value)
+
+
+def is_whole(value: object, *, least: int, most: int = MOST) -> bool:
+    """Whether ``value`` is a whole number between ``least`` and ``most``, of whatever type."""
+    return is_number(value) and float(value) == int(value) and least <= value <= most  # type: ignore[arg-type, operator, call-overload]
 
 
 def parse(cls: type[T], data: object, *, source: str | None = None) -> T:
@@ -99,10 +121,9 @@ def adapter(cls: Any) -> TypeAdapter[Any]:
 def explain(error: ValidationError, cls: type, *, label: object = None) -> str:
     """Rewrite a pydantic error as sentences: which field, which rule, which value."""
     where = f"{cls.__name__} {label!r}" if isinstance(label, str) and label else cls.__name__
-    known = [field.name for field in fields(cls)] if is_dataclass(cls) else []
     entries = error.errors(include_url=False)
     entries = [entry for entry in entries if not _other_branch(entry)] or entries
-    return f"{where}: " + "; ".join(dict.fromkeys(_sentence(entry, known) for entry in entries))
+    return f"{where}: " + "; ".join(dict.fromkeys(_sentence(entry, cls) for entry in entries))
 
 
 def _other_branch(entry: Any) -> bool:
@@ -113,8 +134,8 @@ def _other_branch(entry: Any) -> bool:
     )
 
 
-def _sentence(entry: Any, known: Sequence[str]) -> str:
-    place = list(entry["loc"])
+def _sentence(entry: Any, cls: type) -> str:
+    place, known = list(entry["loc"]), _fields(cls)
     if place and isinstance(place[0], int) and place[0] < len(known):
         place[0] = known[place[0]]
     # A union names the branch it tried by its type; that is no part of the user's path.
@@ -123,14 +144,48 @@ def _sentence(entry: Any, known: Sequence[str]) -> str:
     kind, value = entry["type"], entry["input"]
     if kind == "value_error":
         text = str(entry["ctx"]["error"])
-        return f"{path}: {text}" if path else text
+        return f"{path}{' ' if text.startswith('must') else ': '}{text}" if path else text
     if kind in _UNKNOWN:
-        near = difflib.get_close_matches(str(place[-1]), sorted(_FIELDS), n=1)
+        near = difflib.get_close_matches(str(entry["loc"][-1]), _siblings(cls, entry["loc"][:-1]), n=1)
         return f"{path} is not a field" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "unexpected_positional_argument":
         return f"{path} must be given by name ({path}=...)"
     if kind in _REQUIRED:
         return f"{path} is required"
+    if kind == "dataclass_type":
+        name = entry["ctx"]["class_name"]
+        article = "an" if name[0] in "AEIOU" else "a"
+        return f"{path or 'the input'} must be {article} {name}, or a table with its fields; got {_brief(value)}"
     rule = _RULES.get(kind)
     text = rule.format(**entry.get("ctx", {})) if rule else entry["msg"]
-    return f"{path} {text}; got {value!r}"
+    return f"{path or 'the input'} {text}; got {_brief(value)}"
+
+
+def _siblings(cls: type, place: Sequence[Any]) -> list[str]:
+    """The fields that an unknown one may have been meant for: those of the types admitted at its place."""
+    types = {cls}
+    for part in place:
+        owners = [each for each in types if isinstance(part, str) and part in _fields(each)]
+        if owners:
+            types = {inner for each in owners for inner in _inner_types(get_type_hints(each)[part])}
+        elif any(each.__name__ == part for each in types):
+            types = {each for each in types if each.__name__ == part}
+    return sorted({name for each in types for name in _fields(each)})
+
+
+def _fields(cls: type) -> list[str]:
+    return [field.name for field in fields(cls)] if is_dataclass(cls) else []
+
+
+def _inner_types(hint: Any) -> Iterator[type]:
+    """The input types inside an annotation such as ``tuple[Mode, ...] | None``."""
+    if is_dataclass(hint):
+        yield cast(type, hint)
+    for part in get_args(hint):
+        yield from _inner_types(part)
+
+
+def _brief(value: object, most: int = 200) -> str:
+    """The value as Python writes it, its middle left out where that is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"

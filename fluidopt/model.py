@@ -59,7 +59,7 @@ class FluidModel:
         workload = as_workload(classes)
         self.scenario = Scenario(
             classes=workload.classes,
-            gpu=gpus if isinstance(gpus, GPU) else tuple(gpus),
+            gpu=tuple(gpus) if isinstance(gpus, Sequence) else gpus,
             prices=prices,
             charging=charging,
             service_levels=tuple(service_levels),

@@ -52,7 +52,7 @@ class Plan:
         throughput = self._even_throughput() if self.model.scenario.charging == "separate" else self.throughput
         grids = {
             "x": _split(self.mode_share, prefill_work, self._has("x")),
-            "y": _split(self._fastest_slots_first(), workload.output_tokens * throughput, self._has("y")),
+            "y": _split(self._router_slots_first(), workload.output_tokens * throughput, self._has("y")),
             "q_d": (self.admitted - throughput) / np.where(theta > 0, theta, 1.0),
         }
         values = self.solution.values.copy()
@@ -65,14 +65,15 @@ class Plan:
             raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
         return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
 
-    def _fastest_slots_first(self) -> Array:
-        """Decodes per mode, shape (K,), with the plan's decode rate when the fastest slots fill first.
+    def _router_slots_first(self) -> Array:
+        """Decodes per mode, shape (K,), with the plan's decode rate, when slots fill in the router's order.
 
-        Where slots are left over the model does not say which stay empty; this is what the router does.
+        Where slots are left over the model does not say which stay empty. The router prefers decode-only modes, then
+        the faster ones.
         """
         speed = np.array([mode.decode_speed for _, mode in self.model.modes])
         slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
-        order = np.argsort(-speed, kind="stable")
+        order = np.lexsort((-speed, np.array([mode.prefills for _, mode in self.model.modes])))
         rate = (slots * speed)[order]
         before = np.cumsum(rate) - rate
         total = float(np.nansum(self.decode * speed))
@@ -230,14 +231,19 @@ class Plan:
     @cached_property
     def class_margin(self) -> Array:
         """Shape (I,): value of one more arriving request, money; negative where serving it would cost more than it
-        brings. The reduced value r_i/mu_p,i of the price threshold rule."""
+        brings (the reduced value r_i/mu_p,i of the price threshold rule), NaN where no mode can serve it."""
         duals = self.program.row_grids(self.solution.duals)
-        reduced = self.program.column_grids(self.program.matrix.T @ self.solution.duals - self.program.objective)["x"]
-        speed = np.array([mode.prefill_speed for _, mode in self.model.modes])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            per_request = reduced * self.model.workload.prompt_tokens[:, None] / speed
-        margin: Array = duals["prefill_balance"] - np.nanmin(per_request, axis=1)
-        return np.where(np.abs(margin) > NEGLIGIBLE * (1.0 + self._request_value), margin, 0.0)
+        reduced = self.program.column_grids(self.program.matrix.T @ self.solution.duals - self.program.objective)
+        workload, modes = self.model.workload, self.model.modes
+        # A reduced cost is what one unit in service costs beyond what it brings; over the service rate, per request.
+        # The decode's counts too: for a class that is turned away, eta_i is not what the decode would really earn.
+        prefill = _cheapest(reduced["x"], workload.prompt_tokens, np.array([mode.prefill_speed for _, mode in modes]))
+        decode = _cheapest(reduced["y"], workload.output_tokens, np.array([mode.decode_speed for _, mode in modes]))
+        if not (self.decode_buffer_vanishes and self.model.scenario.charging == "bundled"):
+            # A prefill may be worth its while though its decode then waits in vain, which costs eta_i.
+            decode = np.fmin(decode, np.where(workload.abandonment_rate > 0, duals["decode_balance"], np.nan))
+        margin: Array = duals["prefill_balance"] - prefill - decode
+        return np.where(np.abs(margin) <= NEGLIGIBLE * (1.0 + self._request_value), 0.0, margin)
 
     @cached_property
     def thresholds(self) -> pd.DataFrame:
@@ -257,7 +263,12 @@ class Plan:
             served = np.where(workload.arrival_rate > 0, self.admitted / workload.arrival_rate, np.nan)
         whole = (served < SIGNIFICANT) | (served > 1 - SIGNIFICANT)
         decision = np.select(
-            [workload.abandonment_rate == 0, margin > SIGNIFICANT * value, margin < -SIGNIFICANT * value, whole],
+            [
+                workload.abandonment_rate == 0,
+                margin > SIGNIFICANT * value,
+                (margin < -SIGNIFICANT * value) | np.isnan(margin),
+                whole,
+            ],
             ["serve all (never abandons)", "serve all", "turn away", "either"],
             "serve part",
         )
@@ -384,7 +395,7 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"not a saved plan: {error!r}") from None
         program = model.program()
-        if (duals.size, values.size) != program.shape:
+        if (duals.shape, values.shape) != tuple((size,) for size in program.shape):
             raise InvalidInput(
                 f"not a saved plan of this model: {values.size} values and {duals.size} duals for "
                 f"{program.shape[1]} columns and {program.shape[0]} rows"
@@ -432,6 +443,16 @@ class Plan:
             bullets("Notes", self.notes),
         ]
         return "".join(parts)
+
+
+def _cheapest(reduced: Array, tokens: Array, speed: Array) -> Array:
+    """Least reduced cost per request over the modes, shape (I,); NaN where there is no mode."""
+    able = speed > 0
+    if not able.any():
+        return np.full(len(tokens), np.nan)
+    cost = reduced[:, able] * tokens[:, None] / speed[able]
+    least: Array = np.where(np.isnan(cost), np.inf, cost).min(axis=1)
+    return np.where(np.isinf(least), np.nan, least)
 
 
 def _split(totals: Array, work: Array, exists: Array) -> Array:

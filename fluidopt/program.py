@@ -67,6 +67,25 @@ class LinearProgram:
         return len(self.row_lower), len(self.objective)
 
     @cached_property
+    def column_bounds(self) -> Array:
+        """An upper bound on every column that the rows imply, shape (columns,); inf where none was found.
+
+        Three rounds of propagation: a row ``sum a x <= b`` bounds each x with a > 0, given bounds on those with a < 0.
+        """
+        entries = sparse.coo_array(self.matrix)
+        row, column = entries.coords
+        bounds = np.full(self.shape[1], np.inf)
+        sides = [(entries.data, self.row_upper), (-entries.data, -self.row_lower)]
+        for _ in range(3):
+            for value, side in sides:
+                against = np.zeros(len(value))
+                against[value < 0] = -value[value < 0] * bounds[column[value < 0]]
+                room = side + np.bincount(row, weights=against, minlength=self.shape[0])
+                limits = value > 0
+                np.minimum.at(bounds, column[limits], np.maximum(room[row[limits]], 0.0) / value[limits])
+        return bounds
+
+    @cached_property
     def row_names(self) -> list[str]:
         """``family[label, ...]`` of every row."""
         return [name for block in self.rows for name in block.names()]
@@ -131,6 +150,7 @@ class _Lowering:
             count += size
         row, column, value = (np.concatenate(parts) for parts in zip(*entries, strict=True))
         matrix = sparse.coo_array((value, (row, column)), shape=(count, start)).tocsc()
+        matrix.eliminate_zeros()
         return LinearProgram(
             objective=self.objective(start),
             matrix=matrix,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import KW_ONLY
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,12 +55,12 @@ class Scenario:
         if abs(total - 1.0) > 1e-9:
             raise InvalidInput(f"gpu: the shares of the types must add up to 1; got {total:g}")
 
-    @property
+    @cached_property
     def gpu_types(self) -> tuple[GPU, ...]:
         """The GPU types, one or several."""
         return (self.gpu,) if isinstance(self.gpu, GPU) else self.gpu
 
-    @property
+    @cached_property
     def workload(self) -> Workload:
         """The classes with arrival rates per GPU."""
         workload = Workload(self.classes, source=self.source)
@@ -82,10 +83,12 @@ def read_scenario(path: str | Path) -> Scenario:
     Raises:
         InvalidInput: where the file is missing, not TOML/JSON, or an entry breaks a rule (named by its path).
     """
+    if not isinstance(path, str | Path):
+        raise InvalidInput(f"read_scenario: path must be a file name; got {path!r}")
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: cannot read the scenario file ({error})") from None
     try:
         if path.suffix.lower() == ".toml":
@@ -94,7 +97,9 @@ def read_scenario(path: str | Path) -> Scenario:
             data = json.loads(text)
         else:
             raise InvalidInput(f"{path}: a scenario file ends in .toml or .json; got {path.suffix or 'no ending'!r}")
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except InvalidInput:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
     return Scenario.from_dict(data, source=str(path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput
-from fluidopt.inputs import Name, NonNegative, Positive, input_type, parse
+from fluidopt.inputs import Name, NonNegative, Positive, input_type, is_number, parse
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +58,15 @@ class Workload:
     @classmethod
     def from_frame(cls, frame: pd.DataFrame | Mapping[str, Any], *, source: str | None = None) -> Workload:
         """Build a workload from a table with the fields of `WorkloadClass` as columns, a row per class."""
-        columns = {str(name): np.asarray(column).tolist() for name, column in frame.items()}
+        try:
+            columns = {str(name): np.asarray(column).tolist() for name, column in frame.items()}
+            lengths = {name: len(column) for name, column in columns.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidInput(
+                f"Workload.from_frame: expected a table of columns; got {type(frame).__name__}"
+            ) from None
+        if len(set(lengths.values())) > 1:
+            raise InvalidInput(f"Workload.from_frame: columns must have the same length; got {lengths}")
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return cls(tuple(parse(tuple[WorkloadClass, ...], rows)), source=source)
 
@@ -77,13 +84,13 @@ class Workload:
 
     def per_gpu(self, gpus: float) -> Workload:
         """Divide the arrival rates of a whole stream by the number of GPUs that will serve it."""
-        if not (math.isfinite(gpus) and gpus > 0):
+        if not (is_number(gpus) and gpus > 0):
             raise InvalidInput(f"Workload.per_gpu: gpus must be a finite number greater than 0; got {gpus!r}")
         return self.scaled(1.0 / gpus)
 
     def scaled(self, factor: float) -> Workload:
         """Multiply every arrival rate by ``factor`` (at least 0)."""
-        if not (math.isfinite(factor) and factor >= 0):
+        if not (is_number(factor) and factor >= 0):
             raise InvalidInput(f"Workload.scaled: factor must be a finite number of at least 0; got {factor!r}")
         classes = tuple(replace(each, arrival_rate=each.arrival_rate * factor) for each in self.classes)
         return Workload(classes, source=self.source)
@@ -93,7 +100,7 @@ class Workload:
         classes = tuple(replace(each, abandonment_rate=rate) for each in self.classes)
         return Workload(classes, source=self.source)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Class names, in order."""
         return tuple(each.name for each in self.classes)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fluidopt.contention import GPU, Mode
 from fluidopt.errors import InvalidInput
+from fluidopt.inputs import is_whole
 from fluidopt.policy.rules import Gate, Kind, Policy, Role, Router, Targets
 from fluidopt.program import Array
 
@@ -22,10 +23,11 @@ NOISE = 1e-9
 def extract(plan: Plan, *, gpus: int, kind: str | None = None, prefill_gpus: int | None = None) -> Policy:
     """Read the policy for ``gpus`` GPUs off ``plan`` (see `fluidopt.plan.Plan.policy`)."""
     charging = plan.model.scenario.charging
-    kind = kind or ("gate-and-route" if charging == "bundled" else "prioritize-and-route")
+    if kind is None:
+        kind = "gate-and-route" if charging == "bundled" else "prioritize-and-route"
     if kind not in get_args(Kind):
         raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {kind!r}")
-    if isinstance(gpus, bool) or int(gpus) != gpus or gpus < 1:
+    if not is_whole(gpus, least=1):
         raise InvalidInput(f"policy: gpus must be a whole number of at least 1; got {gpus!r}")
     types = plan.model.gpu_types
     if prefill_gpus is not None and (len(types) > 1 or prefill_gpus not in range(int(gpus) + 1)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fluidopt.contention import Mode
 from fluidopt.errors import InvalidInput
-from fluidopt.inputs import Name, NonNegative, NonNegativeInt, PositiveInt, dump, input_type, parse
+from fluidopt.inputs import Finite, Name, NonNegative, NonNegativeInt, PositiveInt, dump, input_type, parse
 from fluidopt.model import FluidModel
 from fluidopt.scenario import Scenario
 from fluidopt.tables import shorten
@@ -111,7 +111,7 @@ class Policy:
     """Which waiting request starts."""
     router: Router
     """Where a decode goes."""
-    revenue_bound: float
+    revenue_bound: Finite
     """Fluid optimum R*, money/s per GPU."""
 
     def __post_init__(self) -> None:
@@ -123,6 +123,11 @@ class Policy:
         unknown = [name for name in self.router.order if name not in names]
         if unknown:
             raise InvalidInput(f"router.order: there is no role {unknown[0]!r}; there are {names}")
+        if len(set(self.router.order)) < len(self.router.order):
+            raise InvalidInput(f"router.order: every role stands once; got {list(self.router.order)}")
+        for field in ("role_prefill", "role_decode"):
+            if set(getattr(self.targets, field)) != set(names):
+                raise InvalidInput(f"targets.{field} must have one entry per role ({names})")
         classes = len(self.scenario.classes)
         for field in ("prefill", "decode", "prefill_queue", "decode_queue", "admitted", "throughput"):
             if len(getattr(self.targets, field)) != classes:
@@ -188,8 +193,8 @@ class Policy:
     def _router_sentence(self) -> str:
         order = ", else ".join(f"a {name} GPU" for name in self.router.order)
         return (
-            f"A request whose prefill is done goes to a random GPU with a free decode slot: {order}; else it waits in one "
-            "first-come first-served buffer. A freed decode slot takes the head of that buffer at once."
+            f"A request whose prefill is done goes to a random GPU with a free decode slot: {order}; else it waits in "
+            "one first-come first-served buffer. A freed decode slot takes the head of that buffer at once."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,9 +219,10 @@ class Policy:
     def from_json(cls, text: str) -> Policy:
         """Read a policy back from `to_json`'s text."""
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(f"not a saved policy: {error}") from None
+        return cls.from_dict(data)
 
     @property
     def title(self) -> str:

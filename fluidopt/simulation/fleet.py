@@ -67,15 +67,18 @@ def fluid_start(policy: Policy, system: System) -> Start:
     """
     n, targets = policy.gpus, policy.targets
     prefill_room = np.where(system.role_prefill_mode >= 0, system.role_gpus, 0)
+    in_order = np.argsort(system.router_order)
     prefill, prefill_left = _seat(
         n * np.array(targets.prefill),
         n * np.array([targets.role_prefill[role.name] for role in policy.roles]),
         prefill_room,
+        in_order,
     )
     decode, decode_left = _seat(
         n * np.array(targets.decode),
         n * np.array([targets.role_decode[role.name] for role in policy.roles]),
         system.role_gpus * system.role_decode_slots,
+        in_order,
     )
     return Start(
         prefill_queue=np.rint(n * _known(targets.prefill_queue)).astype(int) + prefill_left,
@@ -89,14 +92,19 @@ def _known(targets: tuple[float | None, ...]) -> Array:
     return np.array([target or 0.0 for target in targets])
 
 
-def _seat(classes: Array, roles: Array, room: Counts) -> tuple[Counts, Counts]:
-    """Whole numbers of shape (R, I) with about these totals, no role above its room; and what is left, shape (I,)."""
+def _seat(classes: Array, roles: Array, room: Counts, preference: Counts) -> tuple[Counts, Counts]:
+    """Whole numbers of shape (R, I) with about these totals, no role above its room; and what is left, shape (I,).
+
+    Roles get what the plan gives them; what that leaves is seated wherever there is room, by ``preference`` (lowest
+    first), since no request waits while a slot is free.
+    """
     left = np.rint(classes).astype(int)
-    wanted = np.minimum(np.rint(roles).astype(int), room)
     seated = np.zeros((len(roles), len(classes)), dtype=int)
-    for role in np.argsort(-roles, kind="stable"):
-        number = min(int(wanted[role]), int(left.sum()))
-        if number:
-            seated[role] = np.minimum(largest_remainder(left / left.sum(), number), left)
-            left = left - seated[role]
+    for wanted in (np.minimum(np.rint(roles).astype(int), room), room):
+        for role in np.argsort(preference):
+            number = min(int(wanted[role] - seated[role].sum()), int(left.sum()))
+            if number > 0:
+                part = np.minimum(largest_remainder(left / left.sum(), number), left)
+                seated[role] += part
+                left = left - part
     return seated, left

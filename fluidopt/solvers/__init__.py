@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.inputs import is_number
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Certificate, Solution, SolverOptions, certify
 
@@ -24,16 +25,21 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
         SolverFailure: no certified answer.
         InvalidInput: an unknown solver or method.
     """
-    options = options or SolverOptions()
-    if options.method not in {"auto", "simplex", "ipm"}:
+    options = SolverOptions() if options is None else options
+    if type(options) is not SolverOptions:
+        raise InvalidInput(f"options must be SolverOptions(...); got {options!r}")
+    if options.method not in ("auto", "simplex", "ipm"):
         raise InvalidInput(f"SolverOptions.method must be 'auto', 'simplex' or 'ipm'; got {options.method!r}")
     tolerance = options.tolerance if options.tolerance is not None else 1e-6 if solver == "cvxpy" else 1e-7
-    if not options.time_limit > 0 or not 0 < tolerance < 1:
+    unlimited = options.time_limit == float("inf")
+    if not (unlimited or (is_number(options.time_limit) and options.time_limit > 0)) or not (
+        is_number(tolerance) and 0 < tolerance < 1
+    ):
         raise InvalidInput(
             "SolverOptions: time_limit must be above 0 s and tolerance between 0 and 1; "
             f"got {options.time_limit!r}, {tolerance!r}"
         )
-    if solver in {"auto", "highs"}:
+    if solver in ("auto", "highs"):
         from fluidopt.solvers.highs import solve
     elif solver == "cvxpy":
         from fluidopt.solvers.convex import solve

@@ -13,7 +13,9 @@ from scipy import sparse
 
 from fluidopt.program import Array, LinearProgram
 
-ROUNDING = 1e-6
+# Terms below this share of the largest count as that much: an interior point, which ends near a vertex and not on
+# one, cannot tell them from 0. Simplex answers meet far less.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Certificate:
     """How far a primal-dual pair is from proving its own optimality.
 
     All three figures are relative to the terms they are made of, so they mean the same in any unit of money, time or
-    tokens; terms below a millionth of the largest ones count as that much. With all three at 0 the pair is optimal
+    tokens; terms below 1e-4 of the largest ones count as that much. With all three at 0 the pair is optimal
     (weak duality): rows and signs hold, the duals are feasible, and both objectives are equal.
     """
 
@@ -30,15 +32,17 @@ class Certificate:
     dual_residual: float
     """Largest wrong-signed reduced cost or row dual, over the sum of the absolute terms it is made of."""
     gap: float
-    """Distance of the primal from the dual objective, over the sum of the absolute terms of both."""
+    """Distance of the objective from ``bound``, plus what the violations of rows are worth, over the objective."""
     objective: float
     """Primal objective, in the program's unit."""
     bound: float
-    """Dual objective: an upper bound on every feasible point, as far as ``dual_residual`` is 0."""
+    """An upper bound on every feasible point: the dual objective, plus what is left of wrong-signed reduced costs at
+    the upper bounds that the rows imply for their columns (inf where they imply none)."""
 
     def holds(self, tolerance: float) -> bool:
         """Whether all three figures are at most ``tolerance`` (False where one is not a number)."""
-        return max(self.primal_residual, self.dual_residual, self.gap) <= tolerance and np.isfinite(self.objective)
+        figures = (self.primal_residual, self.dual_residual, self.gap)
+        return all(figure <= tolerance for figure in figures) and bool(np.isfinite(self.objective))
 
     def __str__(self) -> str:
         return (
@@ -81,22 +85,28 @@ def certify(program: LinearProgram, values: Array, duals: Array) -> Certificate:
     lower, upper = program.row_lower, program.row_upper
     activity = matrix @ values
     terms = size @ np.abs(values) + _floor(size, values, axis=1)
-    primal = max(
+    primal = _largest(
         _worst(lower - activity, terms + np.where(np.isinf(lower), 0.0, np.abs(lower))),
         _worst(activity - upper, terms + np.where(np.isinf(upper), 0.0, np.abs(upper))),
         _worst(-values, np.full_like(values, np.abs(values).max(initial=0.0))),
     )
     reduced = program.objective - matrix.T @ duals
     wrong = np.where(np.isinf(upper), duals, 0.0) + np.where(np.isinf(lower), -duals, 0.0)
-    dual = max(
+    dual = _largest(
         _worst(reduced, np.abs(program.objective) + size.T @ np.abs(duals) + _floor(size, duals, axis=0)),
         _worst(wrong, np.full_like(duals, np.abs(duals).max(initial=0.0))),
     )
-    side = np.where(duals > 0, upper, lower)
-    side = np.where(np.isinf(side), 0.0, side)
-    objective, bound = float(program.objective @ values), float(duals @ side)
-    weight = float(np.abs(program.objective) @ np.abs(values) + np.abs(duals) @ np.abs(side))
-    gap = abs(objective - bound) / weight if weight > 0 else abs(objective - bound)
+    right = np.where(duals > 0, upper, lower)
+    right = np.where(np.isinf(right), 0.0, right)
+    objective = float(program.objective @ values)
+    # Neumaier and Shcherbina's safe bound: what a wrong-signed reduced cost could still earn, at the column's bound.
+    excess = np.maximum(reduced, 0.0)
+    with np.errstate(invalid="ignore"):
+        bound = float(duals @ right + np.where(excess > 0, excess * program.column_bounds, 0.0).sum())
+    shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
+    error = abs(bound - objective) + float(np.abs(duals) @ shortfall)
+    weight = float(np.abs(program.objective) @ np.abs(values) + np.abs(duals) @ np.abs(right))
+    gap = error / (abs(objective) + ROUNDING * weight) if weight > 0 else error
     return Certificate(primal, dual, gap, objective, bound)
 
 
@@ -105,6 +115,11 @@ def _floor(size: sparse.csc_array, against: Array, axis: int) -> Array:
     largest = size.max(axis=axis).toarray().ravel() if size.nnz else np.zeros(size.shape[1 - axis])
     floor: Array = ROUNDING * largest * np.abs(against).max(initial=0.0)
     return floor
+
+
+def _largest(*figures: float) -> float:
+    """The largest of the figures, NaN if one is."""
+    return float(np.max(figures))
 
 
 def _worst(violation: Array, weight: Array) -> float:

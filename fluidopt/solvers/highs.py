@@ -30,7 +30,11 @@ def _silence_banner() -> None:
     """Make the process's first Highs object with file descriptor 1 closed: its banner ignores ``output_flag``."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # standard output is closed already: nobody reads a banner
+        highspy.Highs()
+        return
     try:
         os.dup2(nowhere, 1)
         highspy.Highs()
