@@ -98,6 +98,13 @@ class RowFamily:
         """Left side, sense and right side."""
         return self.left, self.sense, self.right
 
+    def sentence(self, labels: Mapping[str, str]) -> str:
+        """The row in words, with the labels of its members put in (``{class}`` becomes the class's name)."""
+        words = self.meaning or self.name
+        for index, label in labels.items():
+            words = words.replace(f"{{{index}}}", label)
+        return words
+
     @property
     def dual_symbol(self) -> Expr:
         """The shadow price at the sets' own symbols."""

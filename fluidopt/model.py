@@ -16,13 +16,12 @@ from sympy.logic.boolalg import Boolean, BooleanAtom
 from fluidopt.algebra import RowFamily, SymbolicProgram, relation_parts
 from fluidopt.contention import GPU, Mode, warn_if_unphysical
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
+from fluidopt.explain import explain
 from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
 from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Scenario, read_scenario
 from fluidopt.service_levels import Context, ServiceLevel, extend
 from fluidopt.solvers import Solution, SolverOptions, certify, solve_program
-from fluidopt.solvers.infeasible import conflict
-from fluidopt.tables import shorten
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
@@ -215,7 +214,7 @@ class FluidModel:
             try:
                 solution = solve_program(program, solver, options)
             except InfeasibleModel as error:
-                raise self._explain(error, program) from None
+                raise explain(self, error, program) from None
             cuts, solution = self._cuts(program, solution)
             if not cuts:
                 plan = Plan.from_solution(self.copy(), program, solution)
@@ -250,52 +249,6 @@ class FluidModel:
         twin = object.__new__(FluidModel)
         twin.__dict__.update(self.__dict__)
         return twin
-
-    def _explain(self, error: InfeasibleModel, program: LinearProgram) -> InfeasibleModel:
-        if error.kind == "unbounded":
-            return InfeasibleModel("the objective grows without limit; bound it with subject_to", kind="unbounded")
-        found = conflict(program)
-        rows = shorten(found.rows, most=8)
-        message = f"no plan satisfies all rows.{self._patient_load(found.rows)} Rows that cannot hold together: {rows}."
-        if found.violated:
-            misses = shorten(
-                [
-                    f"{name} by {abs(amount):.4g} ({'too low' if amount > 0 else 'too high'} on the left)"
-                    for name, amount in found.violated.items()
-                ]
-            )
-            message += f" The nearest point misses {misses}."
-        return InfeasibleModel(message, rows=found.rows)
-
-    def _patient_load(self, rows: tuple[str, ...]) -> str:
-        """What classes that never abandon ask of a mixed/solo fleet, against what it has, where that is in ``rows``."""
-        workload = self.workload
-        patient = np.array(
-            [each.abandonment_rate == 0 and f"prefill_balance[{each.name}]" in rows for each in workload]
-        )
-        pair = [mode for _, mode in self.modes]
-        if not patient.any() or len(pair) != 2 or not pair[0].prefills or pair[1].prefills:
-            return ""
-        mixed, solo = pair
-        kappa = mixed.iteration_time / solo.iteration_time if mixed.iteration_time and solo.iteration_time else np.nan
-        work = np.where(patient, workload.arrival_rate * workload.prompt_tokens / mixed.prefill_speed, 0.0)
-        decode = work * mixed.chunk * workload.output_tokens / workload.prompt_tokens
-        prefill_load = work.sum()
-        room = kappa * solo.decode_slots - (kappa * solo.decode_slots - mixed.decode_slots) * prefill_load
-        shares = shorten(
-            [
-                f"{name} {p:.3g} + {d:.3g}"
-                for name, p, d, each in zip(workload.names, work, decode, patient, strict=True)
-                if each
-            ],
-            most=6,
-            between="; ",
-        )
-        return (
-            f" Classes that never abandon must be served in full: they need {prefill_load:.4g} of 1 prefill slot and "
-            f"{decode.sum():.4g} of {max(room, 0.0):.4g} decode slots per GPU (prefill + decode by class: {shares}). "
-            "Add GPUs (lower the arrival rates per GPU) or give a class an abandonment rate."
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The model's inputs as JSON-able data; `FluidModel.from_dict` reads it back."""

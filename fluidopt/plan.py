@@ -288,10 +288,8 @@ class Plan:
                 price = float(self.solution.duals[block.numbers[tuple(place)]])
                 if abs(price) <= SIGNIFICANT * (1.0 + abs(self.objective)):
                     continue
-                labels = {index.name: block.labels[axis][place[axis]] for axis, index in enumerate(row.over)}
-                meaning = row.meaning
-                for index, label in labels.items():
-                    meaning = meaning.replace(f"{{{index}}}", label)
+                labels = block.labels_at(row.over, place)
+                meaning = row.sentence(labels)
                 if block.name == "prefill_balance" and price < 0:
                     meaning = f"requests of {labels['class']} arrive that must be dealt with"
                 sentences.append(f"{meaning}: {price:.6g} {row.dual_unit}")

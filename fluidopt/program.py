@@ -6,7 +6,7 @@ to the user's names. Nothing here knows about LLMs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -40,6 +40,10 @@ class Block:
             f"{self.name}[{', '.join(labels[at] for labels, at in zip(self.labels, place, strict=True))}]"
             for place in np.argwhere(self.numbers >= 0)
         ]
+
+    def labels_at(self, over: Sequence[IndexSet], place: Iterable[int]) -> dict[str, str]:
+        """The label of one member in each of its index sets, by the set's name."""
+        return {index.name: labels[at] for index, labels, at in zip(over, self.labels, place, strict=True)}
 
     def grid(self, values: Array) -> Array:
         """Spread a vector over all rows or columns back onto the grid; NaN where the member does not exist."""

@@ -74,8 +74,9 @@ def _clean(values: Array) -> tuple[Any, ...]:
 def assign_roles(plan: Plan, gpus: int, prefill_gpus: int | None = None) -> tuple[Role, ...]:
     """Give every GPU a role.
 
-    Of each type, ``ceil(n phi)`` GPUs (or ``prefill_gpus``) may prefill, split over its prefill modes by largest remainder; the rest decode
-    only, split likewise over its decode-only modes. A type without a decode-only mode prefills with all its GPUs.
+    Of each type, ``ceil(n phi)`` GPUs (or ``prefill_gpus``) may prefill, split over its prefill modes by largest
+    remainder; the rest decode only, split likewise over its decode-only modes. A type without a decode-only mode
+    prefills with all its GPUs.
 
     Raises:
         InvalidInput: where ``gpus`` is too small for every type to get a GPU, or for the plan's prefills and decodes
