@@ -7,7 +7,7 @@ once over free indices (``x[i, k]``), whatever the number of classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase, Integer, Sum, Symbol
 from sympy.core.relational import GreaterThan, LessThan, Relational
 from sympy.printing.latex import LatexPrinter
+from sympy.printing.str import StrPrinter
 
 from fluidopt.errors import InvalidInput
 
@@ -425,6 +426,34 @@ _ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textas
 }
 
 
+class PlainPrinter(StrPrinter):  # type: ignore[misc]
+    """Plain text with members by their label and numbers as short as they are exact."""
+
+    printmethod = "_fluidopt_text"  # not sympy's own, by which a member would print itself
+
+    def __init__(self, program: SymbolicProgram) -> None:
+        super().__init__()
+        self.program = program
+
+    def _print_Float(self, expression: sympy.Float) -> str:
+        return repr(float(expression))
+
+    def _print_Indexed(self, expression: Indexed) -> str:
+        return f"{expression.base}[{', '.join(_index_texts(self.program, expression, self._print))}]"
+
+
+def _index_texts(program: SymbolicProgram, expression: Indexed, show: Callable[[Expr], str]) -> list[str]:
+    """Each index as text: the label of a fixed member, else the letter."""
+    quantities: tuple[Variable | Parameter, ...] = (*program.variables, *program.parameters)
+    kind = next((each for each in quantities if each.symbol == expression.base), None)
+    return [
+        program.labels[kind.over[at].name][int(index)]
+        if isinstance(index, Integer) and kind is not None and kind.over[at].name in program.labels
+        else show(index)
+        for at, index in enumerate(expression.indices)
+    ]
+
+
 class Printer(LatexPrinter):  # type: ignore[misc]
     """LaTeX that reads like the model's page: sums over a set by its letter, members by their label."""
 
@@ -466,18 +495,13 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         )
 
     def _print_Indexed(self, expression: Indexed) -> str:
-        base = str(expression.base)
-        stem, _, mark = base.partition("_")
-        indices = [mark] if mark else []
-        quantities: tuple[Variable | Parameter, ...] = (*self.program.variables, *self.program.parameters)
-        kind = next((each for each in quantities if each.name == base), None)
-        for position, index in enumerate(expression.indices):
-            if isinstance(index, Integer) and kind is not None and kind.over[position].name in self.program.labels:
-                label = self.program.labels[kind.over[position].name][int(index)]
-                indices.append(rf"\text{{{escaped(label)}}}")
-            else:
-                indices.append(self._print(index))
-        return rf"{self._print(Symbol(stem))}_{{{','.join(indices)}}}"
+        stem, _, mark = str(expression.base).partition("_")
+        texts = _index_texts(self.program, expression, self._print)
+        indices = [
+            text if isinstance(index, Symbol) else rf"\text{{{escaped(text)}}}"
+            for index, text in zip(expression.indices, texts, strict=True)
+        ]
+        return rf"{self._print(Symbol(stem))}_{{{','.join([mark, *indices] if mark else indices)}}}"
 
     def _print_IndexedBase(self, expression: IndexedBase) -> str:
         stem, _, mark = str(expression).partition("_")

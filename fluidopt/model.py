@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-from fluidopt.algebra import RowFamily, SymbolicProgram, relation_parts
+from fluidopt.algebra import PlainPrinter, RowFamily, SymbolicProgram, relation_parts
 from fluidopt.contention import GPU, Mode, warn_if_unphysical
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.explain import explain
@@ -148,6 +148,7 @@ class FluidModel:
             raise InvalidInput(
                 f"subject_to: where must be a condition on parameters such as theta[i] > 0; got {where!r}"
             )
+        show = PlainPrinter(self.symbolic).doprint
         row = RowFamily(
             name,
             left,
@@ -155,7 +156,7 @@ class FluidModel:
             right,
             self.symbolic.free_indices(left, right, where),
             where=where,
-            meaning=meaning or f"{name}: {left} {sense} {right}",
+            meaning=meaning or f"{name}: {show(left)} {sense} {show(right)}",
             dual=f"dual_{name}",
             dual_unit="money/s per unit of the right side",
         )
