@@ -28,6 +28,7 @@ from .service_levels import (
 )
 from .simulation.result import Estimate, SimulationResult
 from .solvers import Certificate, SolverOptions
+from .solvers.warm import Resolved, Solver
 from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
 
@@ -55,9 +56,11 @@ __all__ = [
     "Plan",
     "Policy",
     "PrefillFairness",
+    "Resolved",
     "Scenario",
     "SimulationResult",
     "SlotTPOT",
+    "Solver",
     "SolverFailure",
     "SolverOptions",
     "TokenPrices",

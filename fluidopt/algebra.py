@@ -49,7 +49,7 @@ class Parameter:
     definition: Expr | None = None
     """In terms of other parameters, over the sets' own symbols; None where the numbers are given."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name in the model's symbols."""
         return str(self.symbol)
@@ -67,7 +67,7 @@ class Variable:
     absent: str | None = None
     """Why a member without the variable has no value; None where it is simply 0 there."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name in the model's symbols."""
         return str(self.symbol)
@@ -94,10 +94,10 @@ class RowFamily:
     """Symbol of its shadow price."""
     dual_unit: str = ""
 
-    @property
-    def relation(self) -> tuple[Expr, Sense, Expr]:
-        """Left side, sense and right side."""
-        return self.left, self.sense, self.right
+    @cached_property
+    def difference(self) -> Expr:
+        """Left side less right side."""
+        return self.left - self.right
 
     def sentence(self, labels: Mapping[str, str]) -> str:
         """The row in words, with the labels of its members put in (``{class}`` becomes the class's name)."""
@@ -247,12 +247,12 @@ class SymbolicProgram:
 
     def _right(self, row: RowFamily) -> Expr:
         """What is left on the right side once all variables are on the left."""
-        constants = (term for term in self.terms(row.left - row.right) if term.variable is None)
+        constants = (term for term in self.terms(row.difference) if term.variable is None)
         return sum((-_rebuilt(term, self.index_of) for term in constants), Integer(0))
 
     def _column(self, row: RowFamily, variable: Variable) -> Iterator[Expr]:
         """Coefficient times dual of every place where ``variable`` stands in ``row``, as a column of the matrix."""
-        for term in self.terms(row.left - row.right):
+        for term in self.terms(row.difference):
             if _is(term, variable):
                 yield self._match(term, variable, row.over, times=row.dual_symbol)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from dataclasses import KW_ONLY
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, replace
 from typing import Annotated, Protocol
 
 from pydantic import Field
 
 from fluidopt.errors import ContentionWarning, InvalidInput
-from fluidopt.inputs import Name, NonNegative, NonNegativeInt, Positive, PositiveInt, input_type
+from fluidopt.inputs import MOST, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, input_type, is_whole
 
 
 class ContentionCurve(Protocol):
@@ -132,7 +133,9 @@ class GPU:
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the fleet that is of this type; the shares of a model add up to 1."""
     operating_modes: tuple[Mode, ...] | None = None
-    """Modes to use in place of the pair; see `modes`."""
+    """Modes to use in place of the pair; see `modes` and `with_modes`."""
+    hourly_price: NonNegative | None = None
+    """What one GPU of this type costs, money/hour; used where a fleet is sized."""
 
     def __post_init__(self) -> None:
         modes = self.modes()
@@ -150,21 +153,106 @@ class GPU:
             if mode.prefills:
                 self.rest_mode(mode)
 
-    def modes(self) -> tuple[Mode, ...]:
-        """The operating modes of this type: ``operating_modes``, or else the mixed/solo pair of [L26]."""
-        if self.operating_modes is not None:
-            return self.operating_modes
-        beside = self.batch_size - 1
-        return (
-            Mode(
-                "mixed",
-                chunk=self.chunk_size,
-                decode_slots=beside,
-                iteration_time=self.curve.mixed(self.chunk_size, beside),
-                after_prefill="solo",
-            ),
-            Mode("solo", decode_slots=self.batch_size, iteration_time=self.curve.decode_only(self.batch_size)),
+    def modes(
+        self,
+        *,
+        chunks: Sequence[int] | None = None,
+        batches: Sequence[int] | None = None,
+        disaggregated: bool = False,
+    ) -> tuple[Mode, ...]:
+        """The modes of this type: ``operating_modes``, or else the pair of [L26]; with arguments, others of its curve.
+
+        Names carry what tells the modes apart: ``"mixed C=256"`` among several chunks, ``"solo B=16"`` among several
+        batches, plain ``"mixed"`` and ``"solo"`` where there is one of each. Where a decode's speed depends on the
+        batch, revenue bounds every policy only if ``batches`` lists 1 (a prefill alone), ``batch_size`` and the
+        batches at which the curve bends; a policy that never runs these batches is bounded without them.
+
+        Args:
+            chunks: prefill chunks, tokens (default: ``chunk_size``).
+            batches: batch sizes b, 1 to ``batch_size`` (default: ``batch_size``), each with b - 1 decodes beside a
+                prefill and b decodes alone.
+            disaggregated: prefill-only modes, the idle mode that they end in, and decode-only modes; no mixed one.
+
+        Raises:
+            InvalidInput: a list that is empty, repeats an entry, or holds what is no whole number in its range.
+        """
+        if not isinstance(disaggregated, bool):
+            raise self._refused(f"disaggregated must be True or False; got {disaggregated!r}")
+        if chunks is None and batches is None and not disaggregated:
+            return self.operating_modes if self.operating_modes is not None else self._made((self.chunk_size,))
+        return self._made(
+            self._sizes("chunks", chunks, "chunk_size", self.chunk_size, most=MOST),
+            self._sizes("batches", batches, "batch_size", self.batch_size, most=self.batch_size),
+            disaggregated,
         )
+
+    def with_modes(
+        self,
+        *,
+        chunks: Sequence[int] | None = None,
+        batches: Sequence[int] | None = None,
+        disaggregated: bool = False,
+    ) -> GPU:
+        """This type with ``operating_modes`` from `modes`, which says what the arguments mean."""
+        return replace(self, operating_modes=self.modes(chunks=chunks, batches=batches, disaggregated=disaggregated))
+
+    def _made(
+        self, chunks: tuple[int, ...], batches: tuple[int, ...] = (), disaggregated: bool = False
+    ) -> tuple[Mode, ...]:
+        """Modes of the curve at these chunks and batches (none: ``batch_size``); those that prefill come first."""
+        batches = batches or (self.batch_size,)
+        at_chunk = {C: f" C={C}" if len(chunks) > 1 else "" for C in chunks}
+        at_batch = {b: f" B={b}" if len(batches) > 1 else "" for b in batches}
+        decode_only = tuple(
+            Mode(
+                f"{'decode' if disaggregated else 'solo'}{at_batch[b]}",
+                decode_slots=b,
+                iteration_time=self.curve.decode_only(b),
+            )
+            for b in batches
+        )
+        if disaggregated:
+            prefills = tuple(
+                Mode(f"prefill{at_chunk[C]}", chunk=C, iteration_time=self.curve.mixed(C, 0), after_prefill="idle")
+                for C in chunks
+            )
+            return (*prefills, Mode("idle"), *decode_only)
+        mixed = tuple(
+            Mode(
+                f"mixed{at_chunk[C]}{at_batch[b]}",
+                chunk=C,
+                decode_slots=b - 1,
+                iteration_time=self.curve.mixed(C, b - 1),
+                after_prefill=f"solo{at_batch[b]}",
+            )
+            for C in chunks
+            for b in batches
+        )
+        return (*mixed, *decode_only)
+
+    def _sizes(self, field: str, values: Sequence[int] | None, default: str, own: int, *, most: int) -> tuple[int, ...]:
+        """The whole numbers in ``values``, or ``own`` where it is None."""
+        if values is None:
+            return (own,)
+        try:
+            given = list(values)
+        except TypeError:
+            raise self._refused(
+                f"{field} must be a list of whole numbers; got {values!r}; write [{values!r}]"
+            ) from None
+        if not given:
+            raise self._refused(f"{field} is empty; give at least one, or leave it out for {default} = {own}")
+        for value in given:
+            if not is_whole(value, least=1, most=most):
+                limit = f", the GPU's {default}" if most < MOST else ""
+                raise self._refused(f"{field} must hold whole numbers from 1 to {most}{limit}; got {value!r}")
+        twice = [value for value, count in Counter(given).items() if count > 1]
+        if twice:
+            raise self._refused(f"{field} must not repeat an entry; {twice[0]!r} occurs more than once; list it once")
+        return tuple(int(value) for value in given)
+
+    def _refused(self, message: str) -> InvalidInput:
+        return InvalidInput(f"GPU {self.name!r}: modes: {message}")
 
     def rest_mode(self, mode: Mode) -> Mode:
         """The mode that a GPU running ``mode`` falls into when its prefill ends.

@@ -122,10 +122,12 @@ def lower(program: SymbolicProgram, numbers: Numbers) -> LinearProgram:
     Raises:
         InvalidInput: where a row is not linear, or uses a variable that the model does not determine.
     """
-    return _Lowering(program, numbers).run()
+    return Lowering(program, numbers).run()
 
 
-class _Lowering:
+class Lowering:
+    """A symbolic program on its way to arrays; kept where parameters change and only some arrays must follow."""
+
     def __init__(self, program: SymbolicProgram, numbers: Numbers) -> None:
         self.program = program
         self.numbers = numbers
@@ -134,6 +136,7 @@ class _Lowering:
         self.columns: dict[Expr, Block] = {}
 
     def run(self) -> LinearProgram:
+        """All arrays, from the present numbers."""
         start = 0
         for variable in self.program.variables:
             block = self.block(variable.name, variable.over, variable.exists, start)
@@ -146,8 +149,8 @@ class _Lowering:
         for family in self.program.constraints:
             block = self.block(family.name, family.over, family.where, count)
             size = int((block.numbers >= 0).sum())
-            constant = self.family(family, block, entries)
-            right = -constant[block.numbers.ravel() >= 0]
+            self.family(family, block, entries)
+            right = self.right_side(family, block)
             lower.append(np.full(size, -np.inf) if family.sense == "<=" else right)
             upper.append(np.full(size, np.inf) if family.sense == ">=" else right)
             rows.append(block)
@@ -164,7 +167,31 @@ class _Lowering:
             columns=tuple(self.columns.values()),
         )
 
+    def change(self, values: Mapping[str, Array]) -> None:
+        """Put new numbers in place of given parameters."""
+        self.numbers = Numbers(self.numbers.labels, {**self.numbers.values, **values})
+        for name in values:
+            for base in self.dependents[name]:
+                self.arrays.pop(base, None)
+
+    @cached_property
+    def dependents(self) -> dict[str, list[Expr]]:
+        """The parameters that follow from each given one, itself among them."""
+        behind = {symbol: self.given(symbol) for symbol in self.parameters}
+        return {name: [symbol for symbol, names in behind.items() if name in names] for name in self.numbers.values}
+
+    def given(self, *expressions: Expr) -> frozenset[str]:
+        """Names of the given parameters that expressions depend on, through definitions."""
+        found: set[str] = set()
+        for expression in expressions:
+            for symbol, parameter in self.parameters.items():
+                if expression.has(symbol):
+                    inner = parameter.definition
+                    found |= {parameter.name} if inner is None else self.given(inner)
+        return frozenset(found)
+
     def size(self, index: IndexSet) -> int:
+        """Number of members of a set."""
         return len(self.numbers.labels[index.name])
 
     def index_of(self, symbol: Symbol) -> IndexSet:
@@ -178,26 +205,37 @@ class _Lowering:
         numbers = np.where(mask, start - 1 + np.cumsum(mask).reshape(shape), -1)
         return Block(name, tuple(self.numbers.labels[index.name] for index in over), numbers)
 
-    def family(self, family: RowFamily, block: Block, entries: list[Any]) -> Array:
-        """Append the entries of one family; return its constant part on the grid, flattened."""
+    def family(self, family: RowFamily, block: Block, entries: list[Any]) -> None:
+        """Append the entries of one family: row numbers, column numbers, coefficients."""
         over = tuple(index.symbol for index in family.over)
-        constant = np.zeros(block.numbers.shape)
-        for term in self.program.terms(family.left - family.right):
+        for term in self.program.terms(family.difference):
+            if term.variable is None:
+                continue
             axes = over + term.bound
             shape = tuple(self.size(self.index_of(symbol)) for symbol in axes)
             value = np.broadcast_to(self.evaluate(term.coefficient, axes), shape)
-            if term.variable is None:
-                constant = constant + value.sum(axis=tuple(range(len(over), len(axes))))
-                continue
             row = np.broadcast_to(block.numbers.reshape(block.numbers.shape + (1,) * len(term.bound)), shape)
             column = np.broadcast_to(self.column(term.variable, axes), shape)
             used = (value != 0) & (row >= 0)
             self.refuse_undetermined(f"row {family.name!r}", term.variable, axes, used & (column < 0))
             used &= column >= 0
             entries.append((row[used], column[used], value[used]))
-        return constant.ravel()
+
+    def right_side(self, family: RowFamily, block: Block) -> Array:
+        """What is left on the right side of each member with all variables on the left, in order of row numbers."""
+        over = tuple(index.symbol for index in family.over)
+        total = np.zeros(block.numbers.shape)
+        for term in self.program.terms(family.difference):
+            if term.variable is None:
+                value = self.evaluate(term.coefficient, over + term.bound)
+                if term.bound:
+                    shape = tuple(self.size(self.index_of(symbol)) for symbol in over + term.bound)
+                    value = np.broadcast_to(value, shape).sum(axis=tuple(range(len(over), len(shape))))
+                total -= value
+        return total[block.numbers >= 0]
 
     def objective(self, columns: int) -> Array:
+        """Coefficients of the objective, shape (columns,)."""
         total = np.zeros(columns)
         for term in self.program.terms(self.program.objective):
             if term.variable is None:
@@ -217,6 +255,7 @@ class _Lowering:
     def refuse_undetermined(
         self, user: str, member: Expr, axes: tuple[Symbol, ...], missing: NDArray[np.bool_]
     ) -> None:
+        """Raise where a term with a non-zero coefficient uses a member that has no value in the model."""
         variable = self.program.variable_of(member)
         if variable.absent is None or not missing.any():
             return
@@ -244,6 +283,7 @@ class _Lowering:
         return self.arrays[base]
 
     def known(self) -> str:
+        """The names a row may use."""
         names = [variable.name for variable in self.program.variables]
         return ", ".join(names + [parameter.name for parameter in self.program.parameters])
 
@@ -253,6 +293,7 @@ class _Lowering:
         return function(*(self.argument(argument, axes) for argument in arguments))
 
     def argument(self, argument: Expr, axes: tuple[Symbol, ...]) -> Any:
+        """The numbers of one argument of a compiled expression, as an array that broadcasts over ``axes``."""
         if isinstance(argument, Indexed):
             if argument.base in self.columns:
                 raise InvalidInput(f"{argument} is a variable where a number is needed")
@@ -271,6 +312,8 @@ class _Lowering:
 
 def _spread(values: NDArray[Any], indices: tuple[Expr, ...], axes: tuple[Symbol, ...]) -> NDArray[Any]:
     """Arrange an array's dimensions, named by ``indices``, along ``axes`` (a fixed member is picked out)."""
+    if indices == axes:
+        return values
     picked = values[tuple(int(index) if isinstance(index, Integer) else slice(None) for index in indices)]
     names = [index for index in indices if not isinstance(index, Integer)]
     if len(set(names)) < len(names):

@@ -6,7 +6,9 @@ the solver's own status.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +18,9 @@ from fluidopt.program import Array, LinearProgram
 # Terms below this share of the largest count as that much: an interior point, which ends near a vertex and not on
 # one, cannot tell them from 0. Simplex answers meet far less.
 ROUNDING = 1e-4
+# Below this, relative to the terms it is made of, a wrong-signed reduced cost is rounding.
+NEGLIGIBLE = 1e-13
+DENSE = 20_000
 
 
 @dataclass(frozen=True)
@@ -81,49 +86,62 @@ class SolverOptions:
 
 def certify(program: LinearProgram, values: Array, duals: Array) -> Certificate:
     """Compute the `Certificate` of a primal-dual pair, in time proportional to the non-zeros."""
-    matrix, size = program.matrix, abs(program.matrix)
-    lower, upper = program.row_lower, program.row_upper
-    activity = matrix @ values
-    terms = size @ np.abs(values) + _floor(size, values, axis=1)
-    primal = _largest(
-        _worst(lower - activity, terms + np.where(np.isinf(lower), 0.0, np.abs(lower))),
-        _worst(activity - upper, terms + np.where(np.isinf(upper), 0.0, np.abs(upper))),
-        _worst(-values, np.full_like(values, np.abs(values).max(initial=0.0))),
-    )
-    reduced = program.objective - matrix.T @ duals
-    wrong = np.where(np.isinf(upper), duals, 0.0) + np.where(np.isinf(lower), -duals, 0.0)
-    dual = _largest(
-        _worst(reduced, np.abs(program.objective) + size.T @ np.abs(duals) + _floor(size, duals, axis=0)),
-        _worst(wrong, np.full_like(duals, np.abs(duals).max(initial=0.0))),
-    )
-    right = np.where(duals > 0, upper, lower)
-    right = np.where(np.isinf(right), 0.0, right)
-    objective = float(program.objective @ values)
-    # Neumaier and Shcherbina's safe bound: what a wrong-signed reduced cost could still earn, at the column's bound.
-    excess = np.maximum(reduced, 0.0)
-    with np.errstate(invalid="ignore"):
-        bound = float(duals @ right + np.where(excess > 0, excess * program.column_bounds, 0.0).sum())
-    shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
-    error = abs(bound - objective) + float(np.abs(duals) @ shortfall)
-    weight = float(np.abs(program.objective) @ np.abs(values) + np.abs(duals) @ np.abs(right))
-    gap = error / (abs(objective) + ROUNDING * weight) if weight > 0 else error
-    return Certificate(primal, dual, gap, objective, bound)
+    return Certifier(program)(program, values, duals)
 
 
-def _floor(size: sparse.csc_array, against: Array, axis: int) -> Array:
-    """What rounding of the largest values may do to each row (axis 1) or column (axis 0)."""
-    largest = size.max(axis=axis).toarray().ravel() if size.nnz else np.zeros(size.shape[1 - axis])
-    floor: Array = ROUNDING * largest * np.abs(against).max(initial=0.0)
-    return floor
+class Certifier:
+    """Certificates of programs that share one matrix and the same open sides; what follows from these is kept.
+
+    Small matrices are kept dense: sparse products cost more in overhead than in arithmetic there.
+    """
+
+    def __init__(self, program: LinearProgram) -> None:
+        matrix, size = program.matrix, abs(program.matrix)
+        rows, columns = size.shape
+        entries = size.nnz > 0
+        self.row_rounding = ROUNDING * (size.max(axis=1).toarray().ravel() if entries else np.zeros(rows))
+        self.column_rounding = ROUNDING * (size.max(axis=0).toarray().ravel() if entries else np.zeros(columns))
+        self.matrix: Any = matrix.toarray() if rows * columns <= DENSE else matrix
+        self.size: Any = size.toarray() if rows * columns <= DENSE else size
+        self.no_lower, self.no_upper = np.isinf(program.row_lower), np.isinf(program.row_upper)
+
+    def __call__(self, program: LinearProgram, values: Array, duals: Array) -> Certificate:
+        """Certify one pair of vectors for ``program``."""
+        lower, upper, cost = program.row_lower, program.row_upper, program.objective
+        closed_lower, closed_upper = np.where(self.no_lower, 0.0, lower), np.where(self.no_upper, 0.0, upper)
+        size_of_values, size_of_duals, size_of_cost = np.abs(values), np.abs(duals), np.abs(cost)
+        largest_value, largest_dual = size_of_values.max(initial=0.0), size_of_duals.max(initial=0.0)
+
+        activity = self.matrix @ values
+        shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
+        right = np.where(duals > 0, closed_upper, closed_lower)
+        row_weight = self.size @ size_of_values + self.row_rounding * largest_value
+        row_weight += np.maximum(np.abs(closed_lower), np.abs(closed_upper))
+        primal = max(_worst(shortfall, row_weight), _relative(-values.min(initial=0.0), largest_value))
+
+        excess = np.maximum(cost - duals @ self.matrix, 0.0)
+        column_weight = size_of_cost + size_of_duals @ self.size + self.column_rounding * largest_dual
+        wrong = max(duals[self.no_upper].max(initial=0.0), -duals[self.no_lower].min(initial=0.0))
+        dual = max(_worst(excess, column_weight), _relative(wrong, largest_dual))
+
+        objective, bound = float(cost @ values), float(duals @ right)
+        if dual > NEGLIGIBLE and excess.any():
+            # Neumaier and Shcherbina's safe bound: what a wrong-signed reduced cost could still earn.
+            with np.errstate(invalid="ignore"):
+                bound += float(np.where(excess > 0, excess * program.column_bounds, 0.0).sum())
+        error = abs(bound - objective) + float(size_of_duals @ shortfall)
+        weight = float(size_of_cost @ size_of_values + size_of_duals @ np.abs(right))
+        gap = error / (abs(objective) + ROUNDING * weight) if weight > 0 else error
+        if math.isnan(objective + bound + gap):  # max() and comparisons let a NaN pass
+            primal = dual = gap = math.nan
+        return Certificate(primal, dual, gap, objective, bound)
 
 
-def _largest(*figures: float) -> float:
-    """The largest of the figures, NaN if one is."""
-    return float(np.max(figures))
+def _relative(violation: float, weight: float) -> float:
+    return float(violation / weight) if violation > 0 else 0.0
 
 
 def _worst(violation: Array, weight: Array) -> float:
-    """The largest violation relative to its weight; NaN stays NaN, so that it fails every tolerance."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(violation > 0, violation / weight, np.where(np.isnan(violation), np.nan, 0.0))
-    return float(np.max(relative, initial=0.0))
+    """The largest violation relative to its weight."""
+    broken = violation > 0
+    return float((violation[broken] / weight[broken]).max(initial=0.0)) if broken.any() else 0.0

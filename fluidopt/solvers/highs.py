@@ -13,9 +13,9 @@ import highspy
 import numpy as np
 
 from fluidopt.errors import InfeasibleModel, SolverFailure
-from fluidopt.program import LinearProgram
+from fluidopt.program import Array, LinearProgram
 from fluidopt.solvers.certificate import Solution, SolverOptions, certify
-from fluidopt.solvers.scaling import scale
+from fluidopt.solvers.scaling import Scaling, scale
 
 # Measured on these programs: simplex needs seconds from about 2,000 rows on, where interior point needs a tenth.
 SIMPLEX_ROWS = 1_000
@@ -51,6 +51,10 @@ def new_highs(program: LinearProgram) -> Any:
     _silence_banner()
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
+    # These programs leave nothing to do in parallel, and waking HiGHS's thread pool costs more than a warm re-solve.
+    highs.setOptionValue("threads", 1)
+    for tolerance in ("primal_feasibility_tolerance", "dual_feasibility_tolerance"):
+        highs.setOptionValue(tolerance, FEASIBILITY)
     rows, columns = program.shape
     matrix = program.matrix.tocsc()
     lp = highspy.HighsLp()
@@ -80,16 +84,31 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
     if method == "auto":
         method = "simplex" if program.shape[0] <= SIMPLEX_ROWS else "ipm"
     highs.setOptionValue("solver", method)
-    for tolerance in ("primal_feasibility_tolerance", "dual_feasibility_tolerance"):
-        highs.setOptionValue(tolerance, FEASIBILITY)
     if np.isfinite(options.time_limit):
         highs.setOptionValue("time_limit", float(options.time_limit))
-    highs.run()
-    status = highs.getModelStatus()
-    if status == _STATUS.kUnboundedOrInfeasible:
+    run(highs)
+    values, duals = read(highs, scaling, method)
+    return Solution(values, duals, certify(program, values, duals), f"HiGHS {method}")
+
+
+def run(highs: Any) -> None:
+    """Run, with as many threads as the process's HiGHS was started with if that was not one."""
+    if highs.run() == highspy.HighsStatus.kError and highs.getModelStatus() == _STATUS.kNotset:
+        highs.setOptionValue("threads", 0)
+        highs.run()
+    if highs.getModelStatus() == _STATUS.kUnboundedOrInfeasible:
         highs.setOptionValue("presolve", "off")
         highs.run()
-        status = highs.getModelStatus()
+
+
+def read(highs: Any, scaling: Scaling, method: str) -> tuple[Array, Array]:
+    """The optimal values and duals in the program's own units.
+
+    Raises:
+        InfeasibleModel: where HiGHS proves that there is no (finite) optimum.
+        SolverFailure: on a limit or numerical trouble.
+    """
+    status = highs.getModelStatus()
     if status == _STATUS.kInfeasible:
         raise InfeasibleModel("no point satisfies all rows")
     if status == _STATUS.kUnbounded:
@@ -98,5 +117,4 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         raise SolverFailure(f"HiGHS ({method}) stopped with {highs.modelStatusToString(status)!r}")
     answer = highs.getSolution()
     values = scaling.values(np.maximum(np.array(answer.col_value), 0.0))
-    duals = scaling.duals(np.array(answer.row_dual))
-    return Solution(values, duals, certify(program, values, duals), f"HiGHS {method}")
+    return values, scaling.duals(np.array(answer.row_dual))
