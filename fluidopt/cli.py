@@ -51,7 +51,7 @@ Classes = Annotated[int | None, typer.Option(help="With a trace: how many classe
 Patience = Annotated[
     float, typer.Option("--abandonment-rate", help="With a trace: 1/s, 0 for requests that never give up.")
 ]
-Solver = Annotated[str, typer.Option(help="auto, highs or cvxpy.")]
+Solver = Annotated[str, typer.Option(help="auto, knapsack, highs or cvxpy.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random streams.")]
 Horizon = Annotated[float, typer.Option(help="Simulated seconds per replication, warm-up included.")]

@@ -81,8 +81,8 @@ def _patient_load(model: FluidModel, rows: Sequence[str]) -> str:
     if load > 2:
         advice += "; arrival rates here are per GPU: Workload.per_gpu(n) divides those of a whole stream"
     return (
-        f"Classes that never abandon must be served in full: they need {load:.4g} of 1 prefill slot and {slots} per GPU "
-        f"(prefill + decode by class: {shorten(shares, between='; ')}). {advice}"
+        f"Classes that never abandon must be served in full: they need {load:.4g} of 1 prefill slot and {slots} "
+        f"per GPU (prefill + decode by class: {shorten(shares, between='; ')}). {advice}"
     )
 
 

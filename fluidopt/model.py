@@ -21,7 +21,8 @@ from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
 from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Scenario, read_scenario
 from fluidopt.service_levels import Context, ServiceLevel, extend
-from fluidopt.solvers import Solution, SolverOptions, certify, solve_program
+from fluidopt.solvers import Solution, SolverOptions, certify, checked, held, solve_program
+from fluidopt.solvers.structured import solve_structured, why_not
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
@@ -200,7 +201,9 @@ class FluidModel:
         """Compute the optimal plan, with its certificate.
 
         Args:
-            solver: ``"auto"``, ``"highs"`` or ``"cvxpy"``.
+            solver: ``"knapsack"`` (the structured solver, exact and fastest, where nothing was added to the model),
+                ``"highs"``, ``"cvxpy"``, or ``"auto"``: the structured one where it applies, else HiGHS. The plan says
+                which was used.
             options: limits and tolerance.
 
         Raises:
@@ -213,7 +216,7 @@ class FluidModel:
         for _ in range(MOST_CUTS):
             program = self.program()
             try:
-                solution = solve_program(program, solver, options)
+                solution = self._solve(program, solver, options)
             except InfeasibleModel as error:
                 raise explain(self, error, program) from None
             cuts, solution = self._cuts(program, solution)
@@ -223,6 +226,17 @@ class FluidModel:
                 return plan
             self._replace(replace(self.symbolic, constraints=(*self.symbolic.constraints, *cuts)))
         raise SolverFailure(f"the convex penalties were not met to tolerance in {MOST_CUTS} rounds of tangents")
+
+    def _solve(self, program: LinearProgram, solver: str, options: SolverOptions | None) -> Solution:
+        """Pick the solver: the structured one where it is exact, else HiGHS."""
+        options = checked(options)
+        if solver == "knapsack" or (solver == "auto" and options.method == "auto"):
+            reason = why_not(self)
+            if reason is None:
+                return held(solve_structured(self, program), options.tolerance or 1e-7)
+            if solver == "knapsack":
+                raise InvalidInput(f"solver 'knapsack' does not apply: {reason}; use 'auto' or 'highs'")
+        return solve_program(program, solver, options)
 
     def _cuts(self, program: LinearProgram, solution: Solution) -> tuple[list[RowFamily], Solution]:
         """Tangents that cut off the present values, where a convex penalty is still short of its true amount.

@@ -75,7 +75,7 @@ class Plan:
         slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
         order = np.lexsort((-speed, np.array([mode.prefills for _, mode in self.model.modes])))
         rate = (slots * speed)[order]
-        before = np.cumsum(rate) - rate
+        before = np.concatenate([[0.0], np.cumsum(rate)[:-1]])
         total = float(np.nansum(self.decode * speed))
         used = np.zeros_like(slots)
         filled = np.clip(total - before, 0.0, rate)

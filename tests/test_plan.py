@@ -36,7 +36,7 @@ def totals(model, values):
 @given(st.one_of(pair_models(), mode_models()))
 def test_the_canonical_split_keeps_the_totals_and_is_certified(model):
     raw = solve_program(model.program())
-    plan = model.solve()
+    plan = model.solve("highs")
     before, after = totals(model, raw.values), totals(model, plan.solution.values)
     for name in ("phi", "prefills by mode", "admitted"):
         np.testing.assert_allclose(after[name], before[name], rtol=1e-7, atol=1e-8, err_msg=name)

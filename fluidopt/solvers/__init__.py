@@ -9,7 +9,7 @@ from fluidopt.inputs import is_number
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Certificate, Solution, SolverOptions, certify
 
-SOLVERS = ("auto", "highs", "cvxpy")
+SOLVERS = ("auto", "knapsack", "highs", "cvxpy")
 
 
 def solve_program(program: LinearProgram, solver: str = "auto", options: SolverOptions | None = None) -> Solution:
@@ -17,7 +17,7 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
 
     Args:
         program: what to maximise.
-        solver: ``"highs"``, ``"cvxpy"``, or ``"auto"`` (HiGHS).
+        solver: ``"highs"``, ``"cvxpy"``, or ``"auto"`` (HiGHS; ``FluidModel.solve`` knows the structured solver too).
         options: limits and tolerance.
 
     Raises:
@@ -25,27 +25,23 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
         SolverFailure: no certified answer.
         InvalidInput: an unknown solver or method.
     """
-    options = SolverOptions() if options is None else options
-    if type(options) is not SolverOptions:
-        raise InvalidInput(f"options must be SolverOptions(...); got {options!r}")
-    if options.method not in ("auto", "simplex", "ipm"):
-        raise InvalidInput(f"SolverOptions.method must be 'auto', 'simplex' or 'ipm'; got {options.method!r}")
+    options = checked(options)
     tolerance = options.tolerance if options.tolerance is not None else 1e-6 if solver == "cvxpy" else 1e-7
-    unlimited = options.time_limit == float("inf")
-    if not (unlimited or (is_number(options.time_limit) and options.time_limit > 0)) or not (
-        is_number(tolerance) and 0 < tolerance < 1
-    ):
-        raise InvalidInput(
-            "SolverOptions: time_limit must be above 0 s and tolerance between 0 and 1; "
-            f"got {options.time_limit!r}, {tolerance!r}"
-        )
     if solver in ("auto", "highs"):
         from fluidopt.solvers.highs import solve
     elif solver == "cvxpy":
         from fluidopt.solvers.convex import solve
     else:
         raise InvalidInput(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}")
-    solution = solve(program, options)
+    return held(solve(program, options), tolerance)
+
+
+def held(solution: Solution, tolerance: float) -> Solution:
+    """The solution, if its certificate meets ``tolerance``.
+
+    Raises:
+        SolverFailure: where it does not.
+    """
     if not solution.certificate.holds(tolerance):
         raise SolverFailure(
             f"the answer of {solution.method} fails its certificate: {solution.certificate}, where "
@@ -54,4 +50,24 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
     return replace(solution, tolerance=tolerance)
 
 
-__all__ = ["SOLVERS", "Certificate", "Solution", "SolverOptions", "certify", "solve_program"]
+def checked(options: SolverOptions | None) -> SolverOptions:
+    """The options, or the defaults, checked.
+
+    Raises:
+        InvalidInput: a method, time limit or tolerance outside its range.
+    """
+    options = SolverOptions() if options is None else options
+    if type(options) is not SolverOptions:
+        raise InvalidInput(f"options must be SolverOptions(...); got {options!r}")
+    if options.method not in ("auto", "simplex", "ipm"):
+        raise InvalidInput(f"SolverOptions.method must be 'auto', 'simplex' or 'ipm'; got {options.method!r}")
+    limit, tolerance = options.time_limit, options.tolerance
+    in_time = limit == float("inf") or (is_number(limit) and limit > 0)
+    if not in_time or not (tolerance is None or (is_number(tolerance) and 0 < tolerance < 1)):
+        raise InvalidInput(
+            f"SolverOptions: time_limit must be above 0 s and tolerance between 0 and 1; got {limit!r}, {tolerance!r}"
+        )
+    return options
+
+
+__all__ = ["SOLVERS", "Certificate", "Solution", "SolverOptions", "certify", "checked", "held", "solve_program"]

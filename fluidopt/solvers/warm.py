@@ -13,7 +13,7 @@ from sympy import Expr
 
 from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering
-from fluidopt.solvers import highs
+from fluidopt.solvers import checked, highs
 from fluidopt.solvers.certificate import Certificate, Certifier, Solution, SolverOptions
 from fluidopt.solvers.scaling import scale
 from fluidopt.tables import shorten
@@ -67,7 +67,7 @@ class Solver:
     def __init__(self, model: FluidModel, *, options: SolverOptions | None = None) -> None:
         if any(added.cut is not None for added in model.copy()._additions):
             raise InvalidInput("Solver: a convex penalty (slot_tpot with penalty) is not linear; use FluidModel.solve")
-        self._options = SolverOptions() if options is None else options
+        self._options = checked(options)
         self._tolerance = self._options.tolerance or 1e-7
         self._lowering = Lowering(model.symbolic, model.numbers())
         self._given = frozenset(each.name for each in model.symbolic.parameters if each.definition is None)
