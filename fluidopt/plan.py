@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram
-from fluidopt.solvers import Certificate, Solution, certify
+from fluidopt.solvers import Certificate, Solution, certify, held
 from fluidopt.tables import bullets, html, shorten, text
 
 if TYPE_CHECKING:
@@ -65,20 +66,36 @@ class Plan:
             raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
         return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
 
+    def _with_decodes(self, slots: Array) -> Plan:
+        """The plan with the same completions, decodes in ``slots`` (shape (K,)) in the router's order; certified anew."""
+        work = self.model.workload.output_tokens * self.throughput
+        grid = _split(self._fill(slots, float(work.sum())), work, self._has("y"))
+        values = self.solution.values.copy()
+        block = next(block for block in self.program.columns if block.name == "y")
+        values[block.numbers[block.numbers >= 0]] = grid[block.numbers >= 0]
+        certificate = certify(self.program, values, self.solution.duals)
+        return replace(
+            self, solution=held(replace(self.solution, values=values, certificate=certificate), self.solution.tolerance)
+        )
+
     def _router_slots_first(self) -> Array:
         """Decodes per mode, shape (K,), with the plan's decode rate, when slots fill in the router's order.
 
         Where slots are left over the model does not say which stay empty. The router prefers decode-only modes, then
         the faster ones.
         """
-        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
         slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
+        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
+        return self._fill(slots, float(np.nansum(self.decode * speed)))
+
+    def _fill(self, slots: Array, total: float) -> Array:
+        """Decodes per mode, shape (K,), that make ``total`` tokens/s in these slots, in the router's order."""
+        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
         order = np.lexsort((-speed, np.array([mode.prefills for _, mode in self.model.modes])))
         rate = (slots * speed)[order]
         before = np.concatenate([[0.0], np.cumsum(rate)[:-1]])
-        total = float(np.nansum(self.decode * speed))
-        used = np.zeros_like(slots)
         filled = np.clip(total - before, 0.0, rate)
+        used = np.zeros_like(slots)
         used[order] = np.divide(filled, speed[order], out=np.zeros_like(filled), where=speed[order] > 0)
         return used
 
@@ -227,6 +244,88 @@ class Plan:
         import pandas as pd
 
         return pd.Series(self.solution.duals, index=pd.Index(self.program.row_names, name="row"), name="shadow_price")
+
+    def price_ranges(self, rows: Sequence[str] | None = None) -> pd.DataFrame:
+        """Where each shadow price holds: a row per constraint, right sides in absolute values, all else equal.
+
+        Columns: ``shadow_price``, ``right_side``, ``lower`` and ``upper`` (the price holds between them), ``price_below``
+        and ``price_above`` (beyond them; missing where there is no solution), ``note`` (a price at a kink holds to
+        one side only: the optimum is degenerate there).
+
+        Args:
+            rows: names of constraints as in `shadow_prices` (default: all of them).
+        """
+        import pandas as pd
+
+        from fluidopt.solvers.ranging import price_ranges
+
+        names = self.program.row_names
+        unknown = [name for name in rows or () if name not in names]
+        if unknown:
+            raise InvalidInput(f"price_ranges: there is no constraint {unknown[0]!r}; see plan.shadow_prices.index")
+        chosen = range(len(names)) if rows is None else [names.index(name) for name in rows]
+        found = price_ranges(self.program, self.solution.duals, chosen)
+        columns = {
+            "shadow_price": [each.price for each in found],
+            "right_side": [each.right_side for each in found],
+            "lower": [each.lower for each in found],
+            "upper": [each.upper for each in found],
+            "price_below": [each.price_below for each in found],
+            "price_above": [each.price_above for each in found],
+            "note": ["degenerate: holds to one side only" if each.at_kink else "" for each in found],
+        }
+        return pd.DataFrame(columns, index=pd.Index([each.row for each in found], name="row"))
+
+    @cached_property
+    def reduced_costs(self) -> pd.Series[float]:
+        """By column: how much the objective would lose per unit if the column were forced up from 0; 0 where it is used."""
+        import pandas as pd
+
+        cost = self.program.matrix.T @ self.solution.duals - self.program.objective
+        terms = abs(self.program.matrix).T @ np.abs(self.solution.duals) + np.abs(self.program.objective)
+        cost = np.where(np.abs(cost) > NEGLIGIBLE * terms, cost, 0.0)
+        return pd.Series(cost, index=pd.Index(self.program.column_names, name="column"), name="reduced_cost")
+
+    def without_decode_queue(self) -> Plan:
+        """The constructive form of Proposition 3.2 of [L26]: the same revenue and the same completions, no decode queue.
+
+        Requests that would wait for decode and give up are not prefilled in the first place. Prefill capacity falls to
+        what is completed, and the modes are chosen anew to keep the decode capacity.
+
+        Raises:
+            InvalidInput: where the condition fails: kappa < (B-1)/B (in general: a GPU type whose decode throughput
+                b/tau is largest in a mode with prefill), separate charging, or added rows.
+        """
+        scenario = self.model.scenario
+        if not self.model.is_standard or scenario.charging != "bundled":
+            raise InvalidInput(
+                "without_decode_queue: needs bundled charging and no added rows; separate charging pays for the "
+                "prefills that it would take away"
+            )
+        if not self.decode_buffer_vanishes:
+            raise InvalidInput(
+                "without_decode_queue: the condition of Proposition 3.2 does not hold: in some GPU type a mode with "
+                "prefill has the largest decode throughput (kappa < (B-1)/B for the mixed/solo pair)"
+            )
+        from fluidopt.solvers.structured import mode_shares
+
+        workload = self.model.workload
+        share = mode_shares(self.model, float(workload.prompt_tokens @ self.throughput))
+        grids = self.program.column_grids(self.solution.values)
+        theta = np.where(workload.abandonment_rate > 0, workload.abandonment_rate, 1.0)
+        grids |= {
+            "phi": share,
+            "x": _split(share, workload.prompt_tokens * self.throughput, self._has("x")),
+            "q_p": (workload.arrival_rate - self.throughput) / theta,
+            "q_d": np.zeros(len(workload)),
+        }
+        values = self.solution.values.copy()
+        for block in self.program.columns:
+            exists = block.numbers >= 0
+            values[block.numbers[exists]] = np.maximum(grids[block.name][exists], 0.0)
+        moved = replace(self, solution=replace(self.solution, values=values))
+        slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * share
+        return moved._with_decodes(slots)
 
     @cached_property
     def class_margin(self) -> Array:

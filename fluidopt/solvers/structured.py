@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidopt.program import LinearProgram
 from fluidopt.solvers.certificate import Solution, certify
-from fluidopt.solvers.knapsack import CapacityProblem, StructuredSolution, applies, solve_capacity
+from fluidopt.solvers.knapsack import CapacityProblem, StructuredSolution, applies, frontier, solve_capacity
 
 if TYPE_CHECKING:
     from fluidopt.model import FluidModel
@@ -44,6 +45,12 @@ def capacity_problem(model: FluidModel) -> CapacityProblem:
     )
 
 
+def mode_shares(model: FluidModel, prefill: float) -> NDArray[np.float64]:
+    """Fractions of the fleet per mode, shape (K,), that prefill ``prefill`` tokens/s and can decode most beside it."""
+    shares: NDArray[np.float64] = frontier(capacity_problem(model)).mode_share(prefill)
+    return shares
+
+
 def solve_structured(model: FluidModel, program: LinearProgram) -> Solution:
     """Solve by the reduction to the plane; the certificate is of the full program.
 
@@ -60,5 +67,5 @@ def solve_structured(model: FluidModel, program: LinearProgram) -> Solution:
     return Solution(values, duals, certify(program, values, duals), method)
 
 
-def _grid(answer: StructuredSolution, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _grid(answer: StructuredSolution, name: str) -> NDArray[np.float64]:
     return np.asarray(getattr(answer, _NAMES.get(name, name)), dtype=float)
