@@ -28,7 +28,7 @@ from .service_levels import (
 )
 from .simulation.result import Estimate, SimulationResult
 from .solvers import Certificate, SolverOptions
-from .solvers.warm import Resolved, Solver
+from .solvers.warm import Resolved, ResolvedMany, Solver
 from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
 
@@ -57,6 +57,7 @@ __all__ = [
     "Policy",
     "PrefillFairness",
     "Resolved",
+    "ResolvedMany",
     "Scenario",
     "SimulationResult",
     "SlotTPOT",

@@ -222,7 +222,10 @@ class Lowering:
             entries.append((row[used], column[used], value[used]))
 
     def right_side(self, family: RowFamily, block: Block) -> Array:
-        """What is left on the right side of each member with all variables on the left, in order of row numbers."""
+        """What is left on the right side of each member with all variables on the left, in order of row numbers.
+
+        Where parameters have a leading axis of many values, so has the result.
+        """
         over = tuple(index.symbol for index in family.over)
         total = np.zeros(block.numbers.shape)
         for term in self.program.terms(family.difference):
@@ -230,22 +233,27 @@ class Lowering:
                 value = self.evaluate(term.coefficient, over + term.bound)
                 if term.bound:
                     shape = tuple(self.size(self.index_of(symbol)) for symbol in over + term.bound)
-                    value = np.broadcast_to(value, shape).sum(axis=tuple(range(len(over), len(shape))))
-                total -= value
-        return total[block.numbers >= 0]
+                    value = _at_least(value, shape).sum(axis=tuple(range(-len(term.bound), 0)))
+                total = total - value
+        right: Array = total[..., block.numbers >= 0]
+        return right
 
     def objective(self, columns: int) -> Array:
-        """Coefficients of the objective, shape (columns,)."""
+        """Coefficients of the objective, shape (columns,), with a leading axis where parameters have one."""
         total = np.zeros(columns)
         for term in self.program.terms(self.program.objective):
             if term.variable is None:
                 raise InvalidInput(f"maximize: the constant {term.coefficient} changes no decision; leave it out")
             shape = tuple(self.size(self.index_of(symbol)) for symbol in term.bound)
-            value = np.broadcast_to(self.evaluate(term.coefficient, term.bound), shape)
+            value = _at_least(self.evaluate(term.coefficient, term.bound), shape)
             column = np.broadcast_to(self.column(term.variable, term.bound), shape)
-            self.refuse_undetermined("the objective", term.variable, term.bound, (value != 0) & (column < 0))
+            lead = tuple(range(value.ndim - len(shape)))
+            missing = (value != 0).any(axis=lead) & (column < 0)
+            self.refuse_undetermined("the objective", term.variable, term.bound, missing)
             used = column >= 0
-            total += np.bincount(column[used], weights=value[used], minlength=columns)
+            part = np.zeros((*value.shape[: len(lead)], columns))
+            np.add.at(part, (..., column[used]), value[..., used])  # type: ignore[arg-type]
+            total = total + part
         return total
 
     def column(self, member: Expr, axes: tuple[Symbol, ...]) -> NDArray[np.int64]:
@@ -279,7 +287,7 @@ class Lowering:
             else:
                 axes = tuple(index.symbol for index in parameter.over)
                 shape = tuple(self.size(index) for index in parameter.over)
-                self.arrays[base] = np.broadcast_to(self.evaluate(parameter.definition, axes), shape)
+                self.arrays[base] = _at_least(self.evaluate(parameter.definition, axes), shape)
         return self.arrays[base]
 
     def known(self) -> str:
@@ -304,28 +312,35 @@ class Lowering:
                 fresh = primed(symbol, axes + inner)
                 function, inner = function.xreplace({symbol: fresh}), (*inner, fresh)
             shape = tuple(self.size(self.index_of(symbol)) for symbol in axes + inner)
-            value = np.broadcast_to(self.evaluate(function, axes + inner), shape)
-            return value.sum(axis=tuple(range(len(axes), len(axes) + len(inner))))
+            value = _at_least(self.evaluate(function, axes + inner), shape)
+            return value.sum(axis=tuple(range(-len(inner), 0)))
         size = next((index for index in self.program.index_sets if index.size == argument), None)
-        return float(self.size(size)) if size is not None else self.values(argument)
+        return float(self.size(size)) if size is not None else _spread(self.values(argument), (), axes)
 
 
 def _spread(values: NDArray[Any], indices: tuple[Expr, ...], axes: tuple[Symbol, ...]) -> NDArray[Any]:
-    """Arrange an array's dimensions, named by ``indices``, along ``axes`` (a fixed member is picked out)."""
+    """Arrange an array's last dimensions, named by ``indices``, along ``axes`` (a fixed member is picked out)."""
     if indices == axes:
         return values
-    picked = values[tuple(int(index) if isinstance(index, Integer) else slice(None) for index in indices)]
+    picked = values[(..., *(int(index) if isinstance(index, Integer) else slice(None) for index in indices))]
     names = [index for index in indices if not isinstance(index, Integer)]
     if len(set(names)) < len(names):
         raise InvalidInput(f"the same index stands twice in {list(map(str, indices))}; use two different ones")
     unknown = [str(name) for name in names if name not in axes]
     if unknown:
         raise InvalidInput(f"index {unknown[0]} is neither an index of the row nor summed over")
+    lead = picked.ndim - len(names)
     order = sorted(range(len(names)), key=lambda at: axes.index(names[at]))
     shape = [1] * len(axes)
     for at, name in enumerate(names):
-        shape[axes.index(name)] = picked.shape[at]
-    return picked.transpose(order).reshape(shape)
+        shape[axes.index(name)] = picked.shape[lead + at]
+    return picked.transpose((*range(lead), *(lead + at for at in order))).reshape((*picked.shape[:lead], *shape))
+
+
+def _at_least(value: Any, shape: tuple[int, ...]) -> Array:
+    """Broadcast to ``shape``, keeping leading axes beyond it."""
+    value = np.asarray(value, dtype=float)
+    return np.broadcast_to(value, np.broadcast_shapes(value.shape, shape))
 
 
 @lru_cache(maxsize=1024)

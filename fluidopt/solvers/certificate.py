@@ -107,40 +107,55 @@ class Certifier:
     def __call__(self, program: LinearProgram, values: Array, duals: Array) -> Certificate:
         """Certify one pair of vectors for ``program``."""
         lower, upper, cost = program.row_lower, program.row_upper, program.objective
-        closed_lower, closed_upper = np.where(self.no_lower, 0.0, lower), np.where(self.no_upper, 0.0, upper)
-        size_of_values, size_of_duals, size_of_cost = np.abs(values), np.abs(duals), np.abs(cost)
-        largest_value, largest_dual = size_of_values.max(initial=0.0), size_of_duals.max(initial=0.0)
-
-        activity = self.matrix @ values
-        shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
-        right = np.where(duals > 0, closed_upper, closed_lower)
-        row_weight = self.size @ size_of_values + self.row_rounding * largest_value
-        row_weight += np.maximum(np.abs(closed_lower), np.abs(closed_upper))
-        primal = max(_worst(shortfall, row_weight), _relative(-values.min(initial=0.0), largest_value))
-
-        excess = np.maximum(cost - duals @ self.matrix, 0.0)
-        column_weight = size_of_cost + size_of_duals @ self.size + self.column_rounding * largest_dual
-        wrong = max(duals[self.no_upper].max(initial=0.0), -duals[self.no_lower].min(initial=0.0))
-        dual = max(_worst(excess, column_weight), _relative(wrong, largest_dual))
-
-        objective, bound = float(cost @ values), float(duals @ right)
-        if dual > NEGLIGIBLE and excess.any():
+        figures = self.figures(lower, upper, cost, values, duals)
+        primal, dual, error, weight, objective, bound = (float(figure) for figure in figures)
+        if dual > NEGLIGIBLE:
             # Neumaier and Shcherbina's safe bound: what a wrong-signed reduced cost could still earn.
+            excess = np.maximum(cost - duals @ self.matrix, 0.0)
             with np.errstate(invalid="ignore"):
                 bound += float(np.where(excess > 0, excess * program.column_bounds, 0.0).sum())
-        error = abs(bound - objective) + float(size_of_duals @ shortfall)
-        weight = float(size_of_cost @ size_of_values + size_of_duals @ np.abs(right))
-        gap = error / (abs(objective) + ROUNDING * weight) if weight > 0 else error
-        if math.isnan(objective + bound + gap):  # max() and comparisons let a NaN pass
+            error += bound - float(figures[-1])
+        gap = error / weight if weight > 0 else error
+        if math.isnan(objective + bound + gap):  # comparisons let a NaN pass
             primal = dual = gap = math.nan
         return Certificate(primal, dual, gap, objective, bound)
 
+    def figures(self, lower: Array, upper: Array, cost: Array, values: Array, duals: Array) -> tuple[Array, ...]:
+        """Primal and dual residual, error of the objective and what it is relative to, objective, dual objective.
 
-def _relative(violation: float, weight: float) -> float:
-    return float(violation / weight) if violation > 0 else 0.0
+        Arrays may have leading axes, one pair per entry; so do the figures.
+        """
+        closed_lower, closed_upper = np.where(self.no_lower, 0.0, lower), np.where(self.no_upper, 0.0, upper)
+        size_of_values, size_of_duals, size_of_cost = np.abs(values), np.abs(duals), np.abs(cost)
+        largest_value, largest_dual = size_of_values.max(axis=-1, initial=0.0), size_of_duals.max(axis=-1, initial=0.0)
+
+        activity = values @ self.matrix.T
+        shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
+        right = np.where(duals > 0, closed_upper, closed_lower)
+        row_weight = size_of_values @ self.size.T + self.row_rounding * largest_value[..., None]
+        row_weight += np.maximum(np.abs(closed_lower), np.abs(closed_upper))
+        negative = np.maximum(-values.min(axis=-1, initial=0.0), 0.0)
+        primal = np.maximum(_worst(shortfall, row_weight), _relative(negative, largest_value))
+
+        excess = np.maximum(cost - duals @ self.matrix, 0.0)
+        column_weight = size_of_cost + size_of_duals @ self.size + self.column_rounding * largest_dual[..., None]
+        wrong = np.maximum(
+            duals[..., self.no_upper].max(axis=-1, initial=0.0), -duals[..., self.no_lower].min(axis=-1, initial=0.0)
+        )
+        dual = np.maximum(_worst(excess, column_weight), _relative(wrong, largest_dual))
+
+        objective, bound = (cost * values).sum(axis=-1), (duals * right).sum(axis=-1)
+        error = np.abs(bound - objective) + (size_of_duals * shortfall).sum(axis=-1)
+        weight = (size_of_cost * size_of_values).sum(axis=-1) + (size_of_duals * np.abs(right)).sum(axis=-1)
+        return primal, dual, error, np.abs(objective) + ROUNDING * weight, objective, bound
 
 
-def _worst(violation: Array, weight: Array) -> float:
+def _relative(violation: Array, weight: Array) -> Array:
+    quotient: Array = np.divide(violation, weight, out=np.zeros_like(violation), where=violation > 0)
+    return quotient
+
+
+def _worst(violation: Array, weight: Array) -> Array:
     """The largest violation relative to its weight."""
-    broken = violation > 0
-    return float((violation[broken] / weight[broken]).max(initial=0.0)) if broken.any() else 0.0
+    worst: Array = _relative(violation, weight).max(axis=-1, initial=0.0)
+    return worst

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,11 @@ import highspy
 import numpy as np
 from sympy import Expr
 
-from fluidopt.errors import InvalidInput, SolverFailure
-from fluidopt.program import Array, LinearProgram, Lowering
-from fluidopt.solvers import checked, highs
-from fluidopt.solvers.certificate import Certificate, Certifier, Solution, SolverOptions
+from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
+from fluidopt.program import Array, Block, LinearProgram, Lowering
+from fluidopt.solvers import checked, held, highs
+from fluidopt.solvers.bases import EXACT, Basis, Batch
+from fluidopt.solvers.certificate import DENSE, Certificate, Certifier, Solution, SolverOptions
 from fluidopt.solvers.scaling import scale
 from fluidopt.tables import shorten
 
@@ -52,10 +53,42 @@ class Resolved:
         return self.program.row_grids(self.solution.duals)
 
 
+@dataclass(frozen=True)
+class ResolvedMany:
+    """Many re-solves of one model, certified one by one; first axis N, one entry per re-solve."""
+
+    program: LinearProgram
+    """The program with the numbers held by the solver; right sides and prices of each re-solve differ."""
+    objective: Array
+    """Shape (N,); NaN where there is no solution."""
+    solution_values: Array
+    """Shape (N, columns)."""
+    solution_duals: Array
+    """Shape (N, rows)."""
+    bases: int
+    """How many programs had to be solved; all others have the basis of one of these."""
+
+    def values(self, name: str) -> Array:
+        """A variable by its name in the model's symbols, shape (N, ...); NaN where it does not exist."""
+        return self._grid(self.program.columns, name, self.solution_values)
+
+    def shadow_prices(self, name: str) -> Array:
+        """The duals of a row family by its name, shape (N, ...); NaN where a member does not exist."""
+        return self._grid(self.program.rows, name, self.solution_duals)
+
+    @staticmethod
+    def _grid(blocks: Sequence[Block], name: str, vectors: Array) -> Array:
+        block = next((block for block in blocks if block.name == name), None)
+        if block is None:
+            raise InvalidInput(f"there is no {name!r}; there are {shorten([block.name for block in blocks], most=20)}")
+        return np.where(block.numbers >= 0, vectors[:, block.numbers], np.nan)
+
+
 class Solver:
     """A model held for re-solves. Changes add up: each `solve` starts from what the last one left.
 
-    A change of right sides or prices keeps the matrix and starts from the last basis; a change of coefficients passes
+    A change of right sides or prices keeps the matrix; the last basis is tried first, and where its solution is no
+    longer optimal simplex goes on from it. A change of coefficients passes
     a new matrix with the same basis; a change of which rows and columns exist rebuilds, and `Resolved.start` says why.
     Large programs start cold by interior point where simplex from the old basis would take longer.
 
@@ -73,6 +106,9 @@ class Solver:
         self._given = frozenset(each.name for each in model.symbolic.parameters if each.definition is None)
         self._parts = _Dependencies(self._lowering)
         self._program: LinearProgram | None = None
+        self._basis: Basis | None = None
+        self._moved_rows: set[int] = set()
+        self._moved_prices = False
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -95,8 +131,11 @@ class Solver:
         if changed:
             self._lowering.change(changed)
         start = self._apply(changed.keys())
-        assert self._program is not None
-        if start == "warm" and self._program.shape[0] > highs.SIMPLEX_ROWS:
+        if start == "warm" and (same := self._same_basis()) is not None:
+            return same
+        self._hand_over()
+        program = self._held()
+        if start == "warm" and program.shape[0] > highs.SIMPLEX_ROWS:
             start = self._run_large()
         else:
             highs.run(self._highs)
@@ -105,17 +144,105 @@ class Solver:
         except SolverFailure:
             if start != "warm":
                 raise
-            self._load(self._program)
+            self._load(program)
             start = "cold: simplex from the last basis failed"
             highs.run(self._highs)
             values, duals = highs.read(self._highs, self._scaling, self._method)
-        certificate = self._certifier(self._program, values, duals)
-        if not certificate.holds(self._tolerance):
-            raise SolverFailure(f"the re-solve fails its certificate: {certificate}")
-        solution = Solution(values, duals, certificate, f"HiGHS {self._method}", self._tolerance)
-        return Resolved(self._program, solution, start)
+        self._basis = self._read_basis()
+        solution = Solution(values, duals, self._certifier(program, values, duals), f"HiGHS {self._method}")
+        return Resolved(program, held(solution, self._tolerance), start)
 
-    def _checked(self, changes: Mapping[str, Any]) -> dict[str, Array]:
+    def _same_basis(self) -> Resolved | None:
+        """The last basis on the present numbers, if its solution passes; HiGHS is not asked then."""
+        if self._basis is None:
+            return None
+        program = self._held()
+        values, duals = self._basis.solution(program.row_lower, program.row_upper, program.objective)
+        certificate = self._certifier(program, values, duals)
+        if not certificate.holds(EXACT):
+            return None
+        return Resolved(program, Solution(values, duals, certificate, "last basis", self._tolerance), "warm")
+
+    def _read_basis(self) -> Basis | None:
+        program = self._held()
+        if program.shape[0] * program.shape[1] > DENSE:
+            return None
+        try:
+            return Basis(program, self._highs.getBasis())
+        except np.linalg.LinAlgError:
+            return None
+
+    def _held(self) -> LinearProgram:
+        assert self._program is not None, "the program is made by the first solve"
+        return self._program
+
+    def solve_many(self, changes: Mapping[str, Any]) -> ResolvedMany:
+        """Solve once per entry of the first axis of ``changes``; the numbers held by the solver stay as they are.
+
+        An optimal basis stays optimal for other right sides and prices as long as its primal and dual solutions keep
+        their signs. So each program that is solved offers its basis to all that are still open, at the cost of two
+        products of matrices; whose certificate holds is done. A sweep of thousands of points needs a few dozen solves.
+
+        Args:
+            changes: arrays of shape (N, *parameter's shape) by parameter name. Where they change coefficients, every
+                entry is solved by itself.
+
+        Raises:
+            InvalidInput: as `solve`, or first axes that differ.
+            SolverFailure: no certified answer for an entry.
+        """
+        columns = {name: np.asarray(value, dtype=float) for name, value in changes.items()}
+        counts = {name: value.shape[:1] for name, value in columns.items()}
+        if not columns or len(set(counts.values())) > 1 or () in counts.values():
+            raise InvalidInput(f"Solver.solve_many: every change needs the same first axis; got {counts}")
+        count = next(iter(counts.values()))[0]
+        before = {name: self._lowering.numbers.values.get(name) for name in columns}
+        if self._program is None:
+            self.solve()
+        rows, width = self._held().shape
+        many = Batch(self._held(), count)
+        bases = 0
+        try:
+            alone = bool(self._parts.matrix & columns.keys()) or rows * width > DENSE
+            if not alone:
+                self._spread_out(many, self._checked(columns, count))
+            while (place := many.open()) is not None:
+                bases += 1
+                try:
+                    found = self.solve({name: value[place] for name, value in columns.items()})
+                except InfeasibleModel:
+                    many.close(place)
+                    continue
+                many.put(place, found.solution)
+                if not alone and self._basis is not None:
+                    many.offer(self._basis, self._certifier)
+        finally:
+            self._move(self._checked({name: value for name, value in before.items() if value is not None}))
+        return ResolvedMany(self._held(), many.objective, many.values, many.duals, bases)
+
+    def _spread_out(self, many: Batch, changed: dict[str, Array]) -> None:
+        """Right sides and prices of all entries, from parameters with a leading axis; then the numbers held again."""
+        lowering, program = self._lowering, self._held()
+        before = {name: lowering.numbers.values[name] for name in changed}
+        lowering.change(changed)
+        for at, names in self._parts.right_sides.items():
+            if names & changed.keys():
+                row, block = lowering.program.constraints[at], program.rows[at]
+                many.move(block.numbers[block.numbers >= 0], row.sense, lowering.right_side(row, block))
+        if self._parts.objective & changed.keys():
+            many.cost[:] = lowering.objective(program.shape[1])
+        lowering.change(before)
+
+    def _move(self, changed: dict[str, Array]) -> None:
+        """Apply checked changes without solving."""
+        if changed:
+            self._lowering.change(changed)
+            self._apply(changed.keys())
+
+    def _checked(self, changes: Mapping[str, Any], count: int | None = None) -> dict[str, Array]:
+        """The changes as arrays of the parameters' shapes (with a first axis of ``count``), without those that change
+        nothing."""
+        lead = () if count is None else (count,)
         checked = {}
         for name, value in changes.items():
             if name not in self._given:
@@ -124,10 +251,13 @@ class Solver:
                 )
             present = np.asarray(self._lowering.numbers.values[name], dtype=float)
             try:
-                new = np.broadcast_to(np.asarray(value, dtype=float), present.shape)
+                new = np.asarray(value, dtype=float)
+                if new.shape == lead:  # one number for all members
+                    new = new.reshape(lead + (1,) * present.ndim)
+                new = np.broadcast_to(new, lead + present.shape)
             except (TypeError, ValueError):
                 raise InvalidInput(
-                    f"Solver.solve: {name} must be a number or an array of shape {present.shape}; got {value!r}"
+                    f"Solver.solve: {name} must be a number or an array of shape {lead + present.shape}; got {value!r}"
                 ) from None
             if not (np.isfinite(new).all() and (new >= 0).all()):
                 raise InvalidInput(f"Solver.solve: {name} must be finite and at least 0; got {value!r}")
@@ -145,21 +275,16 @@ class Solver:
             if program.shape != self._program.shape or program.row_names != self._program.row_names:
                 self._load(program)
                 return f"cold: {shorten(sorted(self._parts.matrix & changed))} changed which rows and columns exist"
+            self._hand_over()
             basis = self._highs.getBasis()
             self._load(program)
             self._highs.setOptionValue("solver", "simplex")
             self._highs.setBasis(basis)
             return "warm"
-        right_sides = {}
-        for at, names in self._parts.right_sides.items():
-            if names & changed:
-                right_sides[at] = self._lowering.right_side(
-                    self._lowering.program.constraints[at], self._program.rows[at]
-                )
-        if right_sides:
-            self._move_right_sides(right_sides)
+        self._move_right_sides([at for at, names in self._parts.right_sides.items() if names & changed])
         if self._parts.objective & changed:
-            self._move_objective(self._lowering.objective(self._program.shape[1]))
+            self._program = replace(self._program, objective=self._lowering.objective(self._program.shape[1]))
+            self._moved_prices = True
         self._highs.setOptionValue("solver", "simplex")
         return "warm"
 
@@ -171,37 +296,51 @@ class Solver:
         if np.isfinite(self._options.time_limit):
             self._highs.setOptionValue("time_limit", float(self._options.time_limit))
         self._certifier = Certifier(program)
-        self._program = program
+        self._program, self._basis = program, None
+        self._moved_rows, self._moved_prices = set(), False
+        self._rows = [block.numbers[block.numbers >= 0].astype(np.int32) for block in program.rows]
 
-    def _move_right_sides(self, moved: Mapping[int, Array]) -> None:
-        assert self._program is not None
-        lower, upper = self._program.row_lower.copy(), self._program.row_upper.copy()
-        for at, right in moved.items():
-            block, sense = self._program.rows[at], self._lowering.program.constraints[at].sense
-            rows = block.numbers[block.numbers >= 0]
-            lower[rows] = -np.inf if sense == "<=" else right
-            upper[rows] = np.inf if sense == ">=" else right
-            factor = self._scaling.rows[rows] / self._scaling.amount
-            self._highs.changeRowsBounds(len(rows), rows.astype(np.int32), lower[rows] * factor, upper[rows] * factor)
-        self._program = replace(self._program, row_lower=lower, row_upper=upper)
+    def _move_right_sides(self, families: Sequence[int]) -> None:
+        """Evaluate the right sides of some families of rows anew."""
+        if not families:
+            return
+        program = self._held()
+        lower, upper = program.row_lower.copy(), program.row_upper.copy()
+        for at in families:
+            row, block = self._lowering.program.constraints[at], program.rows[at]
+            rows, right = self._rows[at], self._lowering.right_side(row, block)
+            if row.sense != "<=":
+                lower[rows] = right
+            if row.sense != ">=":
+                upper[rows] = right
+        self._program = replace(program, row_lower=lower, row_upper=upper)
+        self._moved_rows.update(families)
 
-    def _move_objective(self, objective: Array) -> None:
-        assert self._program is not None
-        columns = np.arange(len(objective), dtype=np.int32)
-        self._highs.changeColsCost(len(columns), columns, objective * self._scaling.columns / self._scaling.money)
-        self._program = replace(self._program, objective=objective)
+    def _hand_over(self) -> None:
+        """Pass HiGHS what has moved since its last run."""
+        program, scaling = self._held(), self._scaling
+        for at in self._moved_rows:
+            rows = self._rows[at]
+            factor = scaling.rows[rows] / scaling.amount
+            self._highs.changeRowsBounds(
+                len(rows), rows, program.row_lower[rows] * factor, program.row_upper[rows] * factor
+            )
+        if self._moved_prices:
+            columns = np.arange(program.shape[1], dtype=np.int32)
+            self._highs.changeColsCost(len(columns), columns, program.objective * scaling.columns / scaling.money)
+        self._moved_rows, self._moved_prices = set(), False
 
     def _run_large(self) -> str:
         """Simplex from the last basis for as long as it beats a cold interior point, then that."""
-        assert self._program is not None
-        rows = self._program.shape[0]
+        program = self._held()
+        rows = program.shape[0]
         self._highs.setOptionValue("simplex_iteration_limit", max(500, rows // 10))
         highs.run(self._highs)
         self._highs.setOptionValue("simplex_iteration_limit", highspy.kHighsIInf)
         if self._highs.getModelStatus() != highspy.HighsModelStatus.kIterationLimit:
             self._method = "simplex"
             return "warm"
-        self._load(self._program)
+        self._load(program)
         highs.run(self._highs)
         return "cold: the change was too large for simplex from the last basis"
 
@@ -229,4 +368,4 @@ class _Dependencies:
         self.objective = split(program.objective)[0]
 
 
-__all__ = ["Resolved", "Solver"]
+__all__ = ["Resolved", "ResolvedMany", "Solver"]
