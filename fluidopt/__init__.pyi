@@ -29,6 +29,7 @@ from .service_levels import (
 from .simulation.result import Estimate, SimulationResult
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
+from .studies.sizing import FleetSize, size_fleet
 from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
 
@@ -42,6 +43,7 @@ __all__ = [
     "ContentionWarning",
     "DecodeFairness",
     "Estimate",
+    "FleetSize",
     "FluidModel",
     "FluidoptError",
     "InfeasibleModel",
@@ -78,6 +80,7 @@ __all__ = [
     "read_scenario",
     "read_trace",
     "reference_model",
+    "size_fleet",
 ]
 
 __version__: str

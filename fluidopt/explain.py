@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluidopt.algebra import SymbolicProgram
 from fluidopt.errors import InfeasibleModel, SolverFailure
 from fluidopt.program import LinearProgram
 from fluidopt.solvers import solve_program
@@ -31,16 +32,16 @@ def explain(model: FluidModel, error: InfeasibleModel, program: LinearProgram) -
         "no plan satisfies all rows",
         _patient_load(model, found.rows),
         *_relaxations(model),
-        _in_words(model, program, found),
+        in_words(model.symbolic, program, found),
     ]
     return InfeasibleModel(". ".join(part for part in parts if part) + ".", rows=found.rows)
 
 
-def _in_words(model: FluidModel, program: LinearProgram, found: Conflict) -> str:
+def in_words(symbolic: SymbolicProgram, program: LinearProgram, found: Conflict) -> str:
     """The conflicting rows: those that say something about this model as sentences, all by name."""
     structural = {"fleet", "prefill_slots", "decode_balance"}
     sentences = []
-    rows = {row.name: row for row in model.symbolic.constraints}
+    rows = {row.name: row for row in symbolic.constraints}
     for block in program.rows:
         names = block.names()
         places = np.argwhere(block.numbers >= 0)
@@ -92,16 +93,16 @@ def _relaxations(model: FluidModel) -> list[str]:
         return []
     found = []
     for at, level in enumerate(model.scenario.service_levels):
-        for field, loosen in _BOUNDS.items():
+        for field, loosen in BOUNDS.items():
             bound = getattr(level, field, None)
             if level.penalty is None and isinstance(bound, int | float):
-                needed = _least(partial(_feasible, model, at, field), bound, loosen)
+                needed = least(partial(_feasible, model, at, field), bound, loosen)
                 if needed is not None:
                     found.append(f"A plan exists if {level.kind} has {field} {needed:.6g} in place of {bound:.6g}")
     return found
 
 
-_BOUNDS: dict[str, Callable[[float, float], float]] = {
+BOUNDS: dict[str, Callable[[float, float], float]] = {
     "at_most": lambda bound, by: bound + by,
     "tokens": lambda bound, by: bound + by,
     "share": lambda bound, by: max(0.0, bound - by),
@@ -109,7 +110,7 @@ _BOUNDS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def _least(feasible: Callable[[float], bool], bound: float, loosen: Callable[[float, float], float]) -> float | None:
+def least(feasible: Callable[[float], bool], bound: float, loosen: Callable[[float, float], float]) -> float | None:
     """The bound nearest ``bound`` that is feasible, to 1e-6 relative, by doubling and bisection; None if none is."""
     low, high = 0.0, 1e-3 * (abs(bound) or 1.0)
     while not feasible(loosen(bound, high)):

@@ -299,7 +299,7 @@ def test_a_price_at_a_kink_is_labelled():
 
 
 def test_unknown_rows_have_no_range():
-    with pytest.raises(fo.InvalidInput, match="there is no constraint 'fleet'; see plan.shadow_prices.index"):
+    with pytest.raises(fo.InvalidInput, match=r"there is no constraint 'fleet'; see plan\.shadow_prices\.index"):
         reference_model().solve().price_ranges(["fleet"])
 
 
@@ -328,7 +328,7 @@ def test_a_decode_queue_can_be_constructed_away(model):
 
 
 def test_a_plan_that_wastes_prefills_is_mended():
-    """One tenth of the prefills thrown away on purpose, prices of decoding unchanged: the construction takes them back."""
+    """One tenth of the prefills thrown away on purpose, and the construction takes them back."""
     model = rebuilt(reference_model(), arrival_rate=np.array([0.1, 0.1]))
     plan = model.solve()
     grids = plan.program.column_grids(plan.solution.values)

@@ -33,7 +33,12 @@ def solve_program(program: LinearProgram, solver: str = "auto", options: SolverO
         from fluidopt.solvers.convex import solve
     else:
         raise InvalidInput(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}")
-    return held(solve(program, options), tolerance)
+    solution = solve(program, options)
+    if solver != "cvxpy" and options.method == "auto" and not solution.certificate.holds(tolerance):
+        # Badly scaled programs: where one algorithm ends outside the certificate, the other may end inside.
+        other = "ipm" if solution.method.endswith("simplex") else "simplex"
+        solution = solve(program, replace(options, method=other))
+    return held(solution, tolerance)
 
 
 def held(solution: Solution, tolerance: float) -> Solution:

@@ -184,8 +184,8 @@ class Solver:
         products of matrices; whose certificate holds is done. A sweep of thousands of points needs a few dozen solves.
 
         Args:
-            changes: arrays of shape (N, *parameter's shape) by parameter name. Where they change coefficients, every
-                entry is solved by itself.
+            changes: arrays by parameter name, with a first axis of N and then the parameter's own. Where they change
+                coefficients, every entry is solved by itself.
 
         Raises:
             InvalidInput: as `solve`, or first axes that differ.

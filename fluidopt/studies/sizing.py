@@ -1,274 +1,38 @@
-"""How large a fleet has to be: the cheapest GPUs on which a perfect system keeps its promises, and what each costs.
-
-The fluid LP with the fleet as a variable: phi, x, y, q and lambda are totals of the fleet, the modes of a type add up
-to its number of GPUs N_g, and cost is minimised (``max -cost``, as every program here is maximised).
-"""
+"""How large a fleet has to be: the cheapest GPUs on which a perfect system keeps its promises, and what each costs."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from sympy import IndexedBase, Integer, Symbol
 
-from fluidopt.algebra import Parameter, RowFamily, SymbolicProgram, Variable
+from fluidopt.algebra import Parameter, SymbolicProgram
 from fluidopt.contention import GPU
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
-from fluidopt.explain import _BOUNDS, RELAXED_ROWS, _in_words, _least
-from fluidopt.formulation import CLASSES, MODES, TYPES, formulation
-from fluidopt.inputs import NonNegative, NonNegativeInt, dump, input_type, is_whole, parse
+from fluidopt.explain import BOUNDS, RELAXED_ROWS, in_words, least
+from fluidopt.formulation import CLASSES, MODES, formulation
+from fluidopt.inputs import dump, is_whole, parse
 from fluidopt.model import FluidModel
-from fluidopt.program import Array, LinearProgram, Numbers, lower
+from fluidopt.program import Array, LinearProgram
 from fluidopt.scenario import Charging
-from fluidopt.service_levels import Addition, CompletionFloor, Context, ServiceLevel, SlotTPOT, extend
+from fluidopt.service_levels import CompletionFloor, ServiceLevel, SlotTPOT
 from fluidopt.solvers import Certificate, Solution, SolverOptions, certify, solve_program
 from fluidopt.solvers.infeasible import conflict
+from fluidopt.studies.fleet_problem import ARRIVALS, FLEET, SECONDS_PER_HOUR, FleetProblem, Formulated, formulate
 from fluidopt.tables import bullets, html, number, shorten, text
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SECONDS_PER_HOUR = 3600.0
 # A fleet this share above a whole number is that whole number; the certificate promises no more.
 ROUNDING = 1e-7
-
-_i, _g = CLASSES.symbol, TYPES.symbol
-_N, _cost, _most, _limited = (IndexedBase(name) for name in ("N", "cost", "most", "limited"))
-_most_in_all, _least_revenue = Symbol("most_in_all"), Symbol("least_revenue")
-_lam = IndexedBase("lambda")
-
-_PARAMETERS = (
-    Parameter(_cost, (TYPES,), "money/s or GPUs, per GPU", "what a GPU of the type costs"),
-    Parameter(_most, (TYPES,), "GPUs", "GPUs of the type at most"),
-    Parameter(_limited, (TYPES,), "1", "1 where the number of GPUs of the type is limited"),
-    Parameter(_most_in_all, (), "GPUs", "GPUs at most"),
-    Parameter(_least_revenue, (), "money/s", "revenue at least"),
-)
-_FLEET = Variable(_N, (TYPES,), "GPUs", "GPUs of the type")
-_LIMITS = {
-    "max_gpus": RowFamily(
-        "max_gpus",
-        _N[_g],
-        "<=",
-        _most[_g],
-        (TYPES,),
-        where=_limited[_g] > 0,
-        meaning="there are only so many GPUs of type {gpu}",
-        dual="chi",
-        dual_unit="cost per GPU",
-    ),
-    "max_gpus_in_all": RowFamily(
-        "max_gpus_in_all",
-        TYPES.sum(_N[_g]),
-        "<=",
-        _most_in_all,
-        (),
-        meaning="there are only so many GPUs",
-        dual="chi",
-        dual_unit="cost per GPU",
-    ),
-}
-
-
-@input_type
-class FleetProblem:
-    """What a fleet is sized for: the stream, the GPU types with their prices, and the promises to keep."""
-
-    _: KW_ONLY
-    classes: tuple[WorkloadClass, ...]
-    """The workload classes; arrival rates of the whole stream, requests/s."""
-    gpus: tuple[GPU, ...]
-    """The GPU types to choose from; their ``share`` is not used."""
-    service_levels: tuple[ServiceLevel, ...] = (CompletionFloor(share=1.0),)
-    """Promises the fleet must keep, or pays for breaking. Amounts per GPU are meant per GPU of the fleet found."""
-    prices: TokenPrices | None = None
-    """Price per prompt and per output token; needed for a revenue floor and to report revenue."""
-    charging: Charging = "bundled"
-    """What revenue counts: completed requests, or prompt and output tokens phase by phase."""
-    max_gpus: NonNegativeInt | dict[str, NonNegativeInt] | None = None
-    """GPUs that can be had at most, in all or by type."""
-    revenue_floor: NonNegative | None = None
-    """Money/s that the fleet must earn at least."""
-    source: str | None = None
-    """Where the numbers come from, for reports."""
-
-    def __post_init__(self) -> None:
-        Workload(self.classes)
-        if not self.gpus:
-            raise InvalidInput("gpus is empty; give at least one GPU")
-        names = [gpu.name for gpu in self.gpus]
-        if len(set(names)) < len(names):
-            raise InvalidInput(f"gpus: type names must be unique; got {names}")
-        free = [gpu.name for gpu in self.gpus if gpu.hourly_price is None]
-        if free and len(names) > 1:
-            raise InvalidInput(
-                f"gpus: type {free[0]!r} has no hourly_price, and several types are compared by cost; give every type "
-                "one (GPU(..., hourly_price=...))"
-            )
-        unknown = [name for name in self.limits if name not in names]
-        if unknown:
-            raise InvalidInput(f"max_gpus: there is no GPU type {unknown[0]!r}; types are {shorten(names)}")
-        for gpu in self.gpus:
-            if gpu.hourly_price == 0 and isinstance(self.max_gpus, dict | None) and gpu.name not in self.limits:
-                raise InvalidInput(
-                    f"gpus: type {gpu.name!r} has hourly_price 0, so any number of them would cost nothing; give a "
-                    f"price, or say how many there are with max_gpus={{{gpu.name!r}: ...}}"
-                )
-        if self.revenue_floor is not None and self.prices is None:
-            raise InvalidInput("prices (TokenPrices) is required where revenue_floor is given, to count what is earned")
-        for level in self.service_levels:
-            self._check(level, priced=not free)
-
-    @staticmethod
-    def _check(level: Any, *, priced: bool) -> None:
-        """Refuse a service level whose meaning depends on a number of GPUs that is not known yet."""
-        if isinstance(level, CompletionFloor) and level.rate is not None:
-            raise InvalidInput(
-                f"service_levels: completion_floor has rate {level.rate:g} requests/s per GPU, and the number of GPUs "
-                "is what is sought; give the share of the arrivals instead (share=...)"
-            )
-        if isinstance(level, SlotTPOT) and level.penalty is not None:
-            raise InvalidInput(
-                "service_levels: a penalty on slot_tpot is convex only for a given number of GPUs; give a hard bound "
-                "(leave penalty out)"
-            )
-        if level.penalty is not None and not priced:
-            raise InvalidInput(
-                f"service_levels: {level.kind} has a penalty in money, but the GPU has no hourly_price to weigh it "
-                "against; give the GPU a price or leave the penalty out"
-            )
-
-    @cached_property
-    def workload(self) -> Workload:
-        """The classes, rates of the whole stream."""
-        return Workload(self.classes, source=self.source)
-
-    @property
-    def priced(self) -> bool:
-        """Whether GPUs have hourly prices; otherwise their number is minimised."""
-        return all(gpu.hourly_price is not None for gpu in self.gpus)
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """GPUs at most by type, where that is how ``max_gpus`` is given."""
-        return self.max_gpus if isinstance(self.max_gpus, dict) else {}
-
-
-@dataclass(frozen=True)
-class Formulated:
-    """A sizing problem in symbols and as arrays."""
-
-    problem: FleetProblem
-    base: FluidModel
-    """The classes and types as a model, for its labels, modes and numbers."""
-    symbolic: SymbolicProgram
-    additions: tuple[Addition, ...]
-    numbers: Numbers
-
-    @cached_property
-    def program(self) -> LinearProgram:
-        """The program as sparse arrays."""
-        return lower(self.symbolic, self.numbers)
-
-    def marginal(self, parameter: Parameter, solution: Solution) -> Array:
-        """d(objective)/d(parameter), split over the rows that it enters, shape (rows,).
-
-        Envelope theorem: dual times d(right side - left side)/d(parameter) at the optimum. A parameter over classes
-        is taken at the class of the row.
-        """
-        at = parameter.symbol[_i] if parameter.over else parameter.symbol
-        rows = tuple(
-            replace(row, left=row.left.diff(at), right=row.right.diff(at))
-            if (row.left - row.right).has(parameter.symbol)
-            else replace(row, left=Integer(0), right=Integer(0))
-            for row in self.symbolic.constraints
-        )
-        # The last family is there so that the derivative has an entry where all others are constant.
-        last = RowFamily("last", _N[_g], ">=", Integer(0), (TYPES,))
-        slope = lower(replace(self.symbolic, constraints=(*rows, last)), self.numbers)
-        right = np.where(np.isinf(slope.row_lower), slope.row_upper, slope.row_lower)
-        change: Array = (right - slope.matrix @ solution.values)[: len(solution.duals)]
-        return change * solution.duals
-
-
-def formulate(problem: FleetProblem, *, limited: bool = True) -> Formulated:
-    """Write the sizing problem down; without its ``max_gpus`` where ``limited`` is False."""
-    even = 1.0 / len(problem.gpus)
-    base = FluidModel(
-        problem.workload,
-        [replace(gpu, share=even) for gpu in problem.gpus],
-        prices=problem.prices or TokenPrices(prompt=1.0, output=1.0),
-        charging=problem.charging,
-    )
-    paper = formulation(problem.charging)
-    rows = [replace(row, right=_N[_g]) if row.name == "fleet" else row for row in paper.constraints]
-    if limited and problem.max_gpus is not None:
-        rows.append(_LIMITS["max_gpus" if isinstance(problem.max_gpus, dict) else "max_gpus_in_all"])
-    if problem.revenue_floor is not None:
-        meaning = f"revenue is at least {problem.revenue_floor:g} money/s"
-        rows.append(
-            RowFamily(
-                "revenue_floor",
-                paper.objective,
-                ">=",
-                _least_revenue,
-                (),
-                meaning=meaning,
-                dual="rho",
-                dual_unit="cost per money/s",
-            )
-        )
-    template = replace(
-        paper,
-        parameters=(*(each for each in paper.parameters if each.name != "share"), *_PARAMETERS),
-        variables=(_FLEET, *(replace(each, unit=each.unit.removesuffix("/GPU")) for each in paper.variables)),
-        objective=-TYPES.sum(_cost[_g] * _N[_g]),
-        constraints=tuple(rows),
-        title="Fleet of least cost",
-        labels=base.labels,
-    )
-    extended, values, additions = extend(
-        template, problem.service_levels, Context(problem.workload, base.modes, base.symbols)
-    )
-    given = len(template.constraints)
-    constraints = (
-        *extended.constraints[:given],
-        *(_of_the_fleet(extended, row) for row in extended.constraints[given:]),
-    )
-    names = [gpu.name for gpu in problem.gpus]
-    in_all = problem.max_gpus if isinstance(problem.max_gpus, int) else 0
-    values |= {
-        "cost": np.array([1.0 if gpu.hourly_price is None else gpu.hourly_price for gpu in problem.gpus])
-        / (SECONDS_PER_HOUR if problem.priced else 1.0),
-        "most": np.array([float(problem.limits.get(name, 0)) for name in names]),
-        "limited": np.array([float(name in problem.limits) for name in names]),
-        "most_in_all": np.float64(in_all),
-        "least_revenue": np.float64(problem.revenue_floor or 0.0),
-    }
-    numbers = base.numbers()
-    return Formulated(
-        problem,
-        base,
-        replace(extended, constraints=constraints),
-        additions,
-        Numbers(numbers.labels, {**numbers.values, **values}),
-    )
-
-
-def _of_the_fleet(program: SymbolicProgram, row: RowFamily) -> RowFamily:
-    """A promise whose bound is an amount per GPU, written for totals: the bound times the number of GPUs.
-
-    A bound in proportion to an arrival rate or to variables is one for totals already.
-    """
-    per_gpu = all(term.variable is None for term in program.terms(row.right)) and not row.right.has(_lam)
-    return replace(row, right=row.right * TYPES.sum(_N[_g])) if per_gpu and row.right != 0 else row
 
 
 def size_fleet(
@@ -280,7 +44,6 @@ def size_fleet(
     service_levels: Sequence[ServiceLevel] = (CompletionFloor(share=1.0),),
     max_gpus: int | Mapping[str, int] | None = None,
     revenue_floor: float | None = None,
-    solver: str = "auto",
     options: SolverOptions | None = None,
 ) -> FleetSize:
     """Find the cheapest fleet on which a perfect system keeps every promise: a lower bound for every policy.
@@ -295,8 +58,7 @@ def size_fleet(
             broken where that is cheaper. Amounts per GPU (fairness, KV transfer) are per GPU of the fleet found.
         max_gpus: GPUs that can be had at most, in all or by type.
         revenue_floor: money/s that the fleet must earn at least.
-        solver: ``"auto"``, ``"highs"`` or ``"cvxpy"``.
-        options: limits and tolerance.
+        options: limits and tolerance of the solver (HiGHS).
 
     Raises:
         InvalidInput: an argument breaks a rule, or prices that are needed are missing.
@@ -317,7 +79,7 @@ def size_fleet(
         source=stream.source,
     )
     try:
-        return FleetSize(problem, solve_program(formulate(problem).program, solver, options))
+        return FleetSize(problem, solve_program(formulate(problem).program, options=options))
     except InfeasibleModel:
         raise _explained(problem) from None
 
@@ -351,7 +113,7 @@ def _explained(problem: FleetProblem) -> InfeasibleModel:
     if formulated.program.shape[0] <= RELAXED_ROWS:
         for at, level in enumerate(problem.service_levels):
             parts += _relaxation(problem, at, level, limited)
-    parts.append(_in_words(cast(Any, formulated), formulated.program, found))
+    parts.append(in_words(formulated.symbolic, formulated.program, found))
     return InfeasibleModel(". ".join(parts) + ".", rows=found.rows)
 
 
@@ -362,10 +124,10 @@ def _fleet_in_words(gpus: Array, problem: FleetProblem) -> str:
 
 def _relaxation(problem: FleetProblem, at: int, level: Any, limited: bool) -> list[str]:
     """The least that a hard promise would have to give for a fleet to exist, all else equal."""
-    for field, loosen in _BOUNDS.items():
+    for field, loosen in BOUNDS.items():
         bound = getattr(level, field, None)
         if level.penalty is None and isinstance(bound, int | float):
-            needed = _least(partial(_feasible, problem, at, field, limited), bound, loosen)
+            needed = least(partial(_feasible, problem, at, field, limited), bound, loosen)
             if needed is not None:
                 return [f"A fleet exists if {level.kind} has {field} {needed:.6g} in place of {bound:.6g}"]
     return []
@@ -414,7 +176,7 @@ class FleetSize:
 
     @cached_property
     def _grids(self) -> dict[str, Array]:
-        names = {variable.name for variable in formulation(self.problem.charging).variables} | {_FLEET.name}
+        names = {variable.name for variable in formulation(self.problem.charging).variables} | {FLEET.name}
         grids = self.program.column_grids(self.solution.values)
         return {name: grids[name] for name in names}
 
@@ -433,7 +195,7 @@ class FleetSize:
     @property
     def gpus(self) -> Array:
         """N, shape (G,): GPUs of each type, not rounded."""
-        return self._grids[_FLEET.name]
+        return self._grids[FLEET.name]
 
     @cached_property
     def whole_gpus(self) -> NDArray[np.int64]:
@@ -560,7 +322,7 @@ class FleetSize:
 
         Without ``max_gpus`` and ``revenue_floor`` the cost is the sum of these times the arrival rates.
         """
-        parameter = next(each for each in self.symbolic.parameters if each.symbol == _lam)
+        parameter = next(each for each in self.symbolic.parameters if each.symbol == ARRIVALS)
         total = np.zeros(len(self.problem.workload))
         effect = self._effect(parameter)
         for block, row in zip(self.program.rows, self.symbolic.constraints, strict=True):
@@ -581,7 +343,7 @@ class FleetSize:
         for level, added in zip(self.problem.service_levels, self._formulated.additions, strict=True):
             parameter = next(each for each in added.parameters if each.name.startswith(("bound_", "limit_")))
             name = parameter.name.partition("_")[2]
-            bound = next(value for field in _BOUNDS if (value := getattr(level, field, None)) is not None)
+            bound = next(value for field in BOUNDS if (value := getattr(level, field, None)) is not None)
             effect = self._effect(parameter)
             if parameter.over:
                 (block,) = (block for block in self.program.rows if block.name == name)
@@ -611,7 +373,8 @@ class FleetSize:
             whose += " that keeps no decode queue"
         found = [
             f"a lower bound for {whose} on GPUs that run in these modes: a perfect system in the long run. A real "
-            "fleet needs more, because its queues fluctuate; simulate model().solve().policy(...) to see how much"
+            "fleet needs more GPUs, and more that may prefill, because its queues fluctuate: simulate "
+            "model().solve().policy(...), also with a larger prefill_gpus"
         ]
         extra = self.whole_cost - self.cost
         if extra > ROUNDING * max(1.0, self.cost):
