@@ -163,6 +163,13 @@ class FluidModel:
         )
         return self._replace(self.symbolic.with_row(row))
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether rows and objective are those of the formulation and the service levels, with nothing added."""
+        base = replace(formulation(self.scenario.charging), labels=self.labels)
+        context = Context(self.workload, self.modes, self.symbols)
+        return self.symbolic == extend(base, self.scenario.service_levels, context)[0]
+
     def maximize(self, objective: Expr) -> FluidModel:
         """Replace the objective by a linear one in `symbols`; its value takes the place of the revenue rate."""
         return self._replace(replace(self.symbolic, objective=self.symbolic.check(objective, "maximize")))
@@ -232,9 +239,13 @@ class FluidModel:
         options = checked(options)
         if solver == "knapsack" or (solver == "auto" and options.method == "auto"):
             reason = why_not(self)
+            tolerance = options.tolerance or 1e-7
             if reason is None:
-                return held(solve_structured(self, program), options.tolerance or 1e-7)
-            if solver == "knapsack":
+                solution = solve_structured(self, program)
+                # With service levels a plan that prefills only to throw away may be better: then its certificate fails.
+                if solver == "knapsack" or self.is_standard or solution.certificate.holds(tolerance):
+                    return held(solution, tolerance)
+            elif solver == "knapsack":
                 raise InvalidInput(f"solver 'knapsack' does not apply: {reason}; use 'auto' or 'highs'")
         return solve_program(program, solver, options)
 

@@ -436,6 +436,16 @@ ServiceLevel = Annotated[
 """Any of the service levels; in a scenario file told apart by ``kind``."""
 
 
+def names_of(levels: Sequence[Any]) -> list[str]:
+    """The names of the rows of each level: its kind, numbered from the second of a kind on."""
+    seen: dict[str, int] = {}
+    names = []
+    for level in levels:
+        seen[level.kind] = seen.get(level.kind, 0) + 1
+        names.append(level.kind if seen[level.kind] == 1 else f"{level.kind}_{seen[level.kind]}")
+    return names
+
+
 def extend(
     program: SymbolicProgram, levels: Sequence[Any], context: Context
 ) -> tuple[SymbolicProgram, dict[str, Any], tuple[Addition, ...]]:
@@ -445,10 +455,7 @@ def extend(
     """
     additions: list[Addition] = []
     values: dict[str, Any] = {}
-    seen: dict[str, int] = {}
-    for level in levels:
-        seen[level.kind] = seen.get(level.kind, 0) + 1
-        name = level.kind if seen[level.kind] == 1 else f"{level.kind}_{seen[level.kind]}"
+    for name, level in zip(names_of(levels), levels, strict=True):
         added: Addition = level.add(name, context)
         additions.append(added)
         values.update(added.values)
