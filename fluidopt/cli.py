@@ -37,6 +37,7 @@ app = typer.Typer(
 # Tables fit 80 columns; a narrower terminal gets shorter labels, down to where numbers would break.
 WIDTH, NARROWEST = 80, 70
 LABEL = 26
+MOST_MODE_COLUMNS = 3
 
 Inputs = Annotated[
     list[Path],
@@ -200,7 +201,8 @@ def main() -> None:
     try:
         app()
     except FluidoptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = " (--abandonment-rate)" if "give a class an abandonment rate" in str(error) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         code = {InfeasibleModel: 3, SolverFailure: 4}.get(type(error), 2)
         raise SystemExit(code) from None
     except KeyboardInterrupt:
@@ -363,6 +365,11 @@ def _show_plan(console: Console, plan: Plan) -> None:
     )
     _table(console, "How the fleet is split", modes, first="mode")
     allocation = plan.allocation.rename(columns={"throughput": "done/s"})
+    by_mode = [name for name in allocation if "[" in str(name)]
+    if len(by_mode) > MOST_MODE_COLUMNS:  # class totals here; the modes' own totals are above
+        decodes = [name for name in by_mode if str(name).startswith("decode[")]
+        allocation.insert(1, "decode", allocation[decodes].sum(axis=1, min_count=1))
+        allocation = allocation.drop(columns=by_mode)
     allocation.columns = [str(name).replace("_queue", " queue").replace("[", " ").rstrip("]") for name in allocation]
     _table(
         console, "Allocation (requests/GPU; done/s: requests completed per second and GPU)", allocation, first="class"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidopt.algebra import SymbolicProgram
-from fluidopt.errors import InfeasibleModel, SolverFailure
-from fluidopt.program import LinearProgram
+from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
+from fluidopt.program import LinearProgram, Numbers, lower
+from fluidopt.service_levels import Context, names_of
 from fluidopt.solvers import solve_program
 from fluidopt.solvers.infeasible import Conflict, conflict
 from fluidopt.tables import shorten
@@ -92,13 +94,14 @@ def _relaxations(model: FluidModel) -> list[str]:
     if not model.scenario.service_levels or model.program().shape[0] > RELAXED_ROWS:
         return []
     found = []
-    for at, level in enumerate(model.scenario.service_levels):
+    names = names_of(model.scenario.service_levels)
+    for name, level in zip(names, model.scenario.service_levels, strict=True):
         for field, loosen in BOUNDS.items():
             bound = getattr(level, field, None)
             if level.penalty is None and isinstance(bound, int | float):
-                needed = least(partial(_feasible, model, at, field), bound, loosen)
+                needed = least(partial(_feasible, model, name, level, field), bound, loosen)
                 if needed is not None:
-                    found.append(f"A plan exists if {level.kind} has {field} {needed:.6g} in place of {bound:.6g}")
+                    found.append(f"A plan exists if {name} has {field} {needed} in place of {bound:.6g}")
     return found
 
 
@@ -110,31 +113,34 @@ BOUNDS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def least(feasible: Callable[[float], bool], bound: float, loosen: Callable[[float, float], float]) -> float | None:
-    """The bound nearest ``bound`` that is feasible, to 1e-6 relative, by doubling and bisection; None if none is."""
+def least(feasible: Callable[[float], bool], bound: float, loosen: Callable[[float, float], float]) -> str | None:
+    """The bound nearest ``bound`` that is feasible, to six digits (rounded so that it stays feasible); None if none is."""
     low, high = 0.0, 1e-3 * (abs(bound) or 1.0)
     while not feasible(loosen(bound, high)):
         low, high = high, 4.0 * high
         if high > 1e9 * (abs(bound) or 1.0):
             return None
-    while high - low > 1e-6 * high:
+    while high - low > 1e-7 * high:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if feasible(loosen(bound, middle)) else (middle, high)
-    return loosen(bound, high)
+    exact = loosen(bound, high)
+    nearest = f"{exact:.6g}"
+    if feasible(float(nearest)):
+        return nearest
+    unit = 10.0 ** (math.floor(math.log10(abs(exact))) - 5) if exact else 0.0
+    return f"{loosen(float(nearest), unit):.6g}"
 
 
-def _feasible(model: FluidModel, at: int, field: str, value: float) -> bool:
-    from fluidopt.model import FluidModel
-
-    levels: list[Any] = list(model.scenario.service_levels)
-    if field == "at_most" and levels[at].kind == "abandonment_share" and value > 1:
-        return False
-    levels[at] = replace(levels[at], **{field: value})
-    relaxed = FluidModel.from_scenario(
-        replace(model.scenario, service_levels=tuple(levels), gpus=None, rates="per_gpu")
-    )
+def _feasible(model: FluidModel, name: str, level: Any, field: str, value: float) -> bool:
+    """Whether the model has a plan with another bound in one service level; its other rows stay as they are."""
     try:
-        solve_program(relaxed.program())
+        relaxed = replace(level, **{field: value})
+    except InvalidInput:
+        return False
+    numbers = model.numbers()
+    values = relaxed.add(name, Context(model.workload, model.modes, model.symbols)).values
+    try:
+        solve_program(lower(model.symbolic, Numbers(numbers.labels, {**numbers.values, **values})))
     except (InfeasibleModel, SolverFailure):
         return False
     return True

@@ -68,6 +68,7 @@ def input_type(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen pydantic dataclass that raises `InvalidInput`."""
     made: Any = dataclass(frozen=True, config=_CONFIG)(cls)
     _TYPES.add(cls.__name__)
+    _TYPES.update(field.default for field in fields(made) if field.name == "kind" and isinstance(field.default, str))
     validate: Callable[..., None] = made.__init__
 
     @wraps(validate)
@@ -157,7 +158,8 @@ def _sentence(entry: Any, cls: type) -> str:
         article = "an" if name[0] in "AEIOU" else "a"
         return f"{path or 'the input'} must be {article} {name}, or a table with its fields; got {_brief(value)}"
     rule = _RULES.get(kind)
-    text = rule.format(**entry.get("ctx", {})) if rule else entry["msg"]
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in entry.get("ctx", {}).items()}
+    text = rule.format(**limits) if rule else entry["msg"]
     return f"{path or 'the input'} {text}; got {_brief(value)}"
 
 

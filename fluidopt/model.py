@@ -171,8 +171,10 @@ class FluidModel:
         return self.symbolic == extend(base, self.scenario.service_levels, context)[0]
 
     def maximize(self, objective: Expr) -> FluidModel:
-        """Replace the objective by a linear one in `symbols`; its value takes the place of the revenue rate."""
-        return self._replace(replace(self.symbolic, objective=self.symbolic.check(objective, "maximize")))
+        """Replace the revenue rate in the objective by a linear expression in `symbols`; penalties of service levels stay."""
+        checked = self.symbolic.check(objective, "maximize")
+        costs = sum((added.cost for added in self._additions), sympy.S.Zero)
+        return self._replace(replace(self.symbolic, objective=checked - costs))
 
     def _replace(self, symbolic: SymbolicProgram) -> FluidModel:
         program = lower(symbolic, self.numbers())
@@ -219,19 +221,17 @@ class FluidModel:
         """
         from fluidopt.plan import Plan
 
-        symbolic = self.symbolic
+        work = self.copy()
         for _ in range(MOST_CUTS):
-            program = self.program()
+            program = work.program()
             try:
-                solution = self._solve(program, solver, options)
+                solution = work._solve(program, solver, options)
             except InfeasibleModel as error:
                 raise explain(self, error, program) from None
-            cuts, solution = self._cuts(program, solution)
+            cuts, solution = work._cuts(program, solution)
             if not cuts:
-                plan = Plan.from_solution(self.copy(), program, solution)
-                self.symbolic, self._program = symbolic, None if self.symbolic != symbolic else self._program
-                return plan
-            self._replace(replace(self.symbolic, constraints=(*self.symbolic.constraints, *cuts)))
+                return Plan.from_solution(self.copy(), program, solution)
+            work._replace(replace(work.symbolic, constraints=(*work.symbolic.constraints, *cuts)))
         raise SolverFailure(f"the convex penalties were not met to tolerance in {MOST_CUTS} rounds of tangents")
 
     def _solve(self, program: LinearProgram, solver: str, options: SolverOptions | None) -> Solution:
@@ -270,6 +270,20 @@ class FluidModel:
             return cuts, solution
         return [], replace(solution, values=values, certificate=certify(program, values, solution.duals))
 
+    def with_tangents(self, names: Sequence[str]) -> FluidModel:
+        """A copy with the tangents of convex penalties that a solved program had, by the names of their rows."""
+        work, rows = self.copy(), []
+        for name in names:
+            of, _, place = name.rpartition("_at_")
+            added = next(
+                (each for each in self._additions if each.cut and each.variables[0].name == f"excess_{of}"), None
+            )
+            if added is None or added.cut is None:
+                raise InvalidInput(f"not a saved plan of this model: it has no convex penalty {of!r}")
+            at = {"phi": np.array([float(place)]), added.variables[0].name: np.zeros(())}
+            rows.append(added.cut(at)[0])
+        return work._replace(replace(work.symbolic, constraints=(*work.symbolic.constraints, *rows))) if rows else work
+
     def copy(self) -> FluidModel:
         """A model with the same rows that later changes to this one do not touch."""
         twin = object.__new__(FluidModel)
@@ -278,7 +292,7 @@ class FluidModel:
 
     def to_dict(self) -> dict[str, Any]:
         """The model's inputs as JSON-able data; `FluidModel.from_dict` reads it back."""
-        if not self.is_standard:
+        if not self.is_built_in:
             raise InvalidInput(
                 "a model with rows or an objective written in symbols has no JSON form; save model.scenario and add "
                 "the rows again after reading it"

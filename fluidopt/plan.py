@@ -12,7 +12,7 @@ import numpy as np
 
 from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
-from fluidopt.program import Array, LinearProgram
+from fluidopt.program import Array, LinearProgram, Lowering
 from fluidopt.solvers import Certificate, Solution, certify, held
 from fluidopt.tables import bullets, html, shorten, text
 
@@ -287,7 +287,7 @@ class Plan:
         return pd.Series(cost, index=pd.Index(self.program.column_names, name="column"), name="reduced_cost")
 
     def without_decode_queue(self) -> Plan:
-        """The constructive form of Proposition 3.2 of [L26]: the same revenue and the same completions, no decode queue.
+        """The constructive form of Proposition 3.2 of [L26]: same revenue, same completions, no decode queue.
 
         Requests that would wait for decode and give up are not prefilled in the first place. Prefill capacity falls to
         what is completed, and the modes are chosen anew to keep the decode capacity.
@@ -330,7 +330,10 @@ class Plan:
     @cached_property
     def class_margin(self) -> Array:
         """Shape (I,): value of one more arriving request, money; negative where serving it would cost more than it
-        brings (the reduced value r_i/mu_p,i of the price threshold rule), NaN where no mode can serve it."""
+        brings (the reduced value r_i/mu_p,i of the price threshold rule), NaN where no mode can serve it. With service
+        levels or added rows: d(maximum)/d(lambda_i), through every row that arrivals move."""
+        if not self.model.is_standard:
+            return self._worth_of_arrivals()
         duals = self.program.row_grids(self.solution.duals)
         reduced = self.program.column_grids(self.program.matrix.T @ self.solution.duals - self.program.objective)
         workload, modes = self.model.workload, self.model.modes
@@ -343,6 +346,22 @@ class Plan:
             decode = np.fmin(decode, np.where(workload.abandonment_rate > 0, duals["decode_balance"], np.nan))
         margin: Array = duals["prefill_balance"] - prefill - decode
         return np.where(np.abs(margin) <= NEGLIGIBLE * (1.0 + self._request_value), 0.0, margin)
+
+    def _worth_of_arrivals(self) -> Array:
+        """d(maximum)/d(lambda_i), shape (I,): every row whose right side an arrival moves, at its shadow price."""
+        worth = np.zeros(len(self.model.workload))
+        lowering = Lowering(self.model.symbolic, self.model.numbers())
+        lowering.run()
+        rates = self.model.workload.arrival_rate
+        step = 1e-3 * np.maximum(rates, rates.max(initial=0.0)) + 1e-9
+        for sign in (1.0, -1.0):
+            lowering.change({"lambda": rates + sign * np.diag(step)})
+            for row, block in zip(lowering.program.constraints, self.program.rows, strict=False):
+                if "lambda" in lowering.given(*(term.coefficient for term in lowering.program.terms(row.difference))):
+                    numbers = block.numbers[block.numbers >= 0]
+                    right = lowering.right_side(row, block)
+                    worth += sign * (right @ self.solution.duals[numbers]) / (2 * step)
+        return np.where(np.abs(worth) <= NEGLIGIBLE * (1.0 + self._request_value), 0.0, worth)
 
     @cached_property
     def thresholds(self) -> pd.DataFrame:
@@ -360,10 +379,18 @@ class Plan:
         margin, value = self.class_margin, self._request_value
         with np.errstate(divide="ignore", invalid="ignore"):
             served = np.where(workload.arrival_rate > 0, self.admitted / workload.arrival_rate, np.nan)
+        decision = self._decisions(served, margin, value)
+        columns = {"decision": decision, "served": served, "margin": margin, "value": value}
+        return pd.DataFrame(columns, index=pd.Index(workload.names, name="class"))
+
+    def _decisions(self, served: Array, margin: Array, value: Array) -> Array:
+        """The price rule in words; where promises or added rows decide besides prices, what the plan does."""
         whole = (served < SIGNIFICANT) | (served > 1 - SIGNIFICANT)
-        decision = np.select(
+        if not self.model.is_standard:
+            return np.select([served > 1 - SIGNIFICANT, whole], ["serve all", "turn away"], "serve part")
+        return np.select(
             [
-                workload.abandonment_rate == 0,
+                self.model.workload.abandonment_rate == 0,
                 margin > SIGNIFICANT * value,
                 (margin < -SIGNIFICANT * value) | np.isnan(margin),
                 whole,
@@ -371,8 +398,6 @@ class Plan:
             ["serve all (never abandons)", "serve all", "turn away", "either"],
             "serve part",
         )
-        columns = {"decision": decision, "served": served, "margin": margin, "value": value}
-        return pd.DataFrame(columns, index=pd.Index(workload.names, name="class"))
 
     @cached_property
     def binding(self) -> tuple[str, ...]:
@@ -380,7 +405,9 @@ class Plan:
         sentences = []
         rows = {row.name: row for row in self.model.symbolic.constraints}
         for block in self.program.rows:
-            row = rows[block.name]
+            row = rows.get(block.name)
+            if row is None:  # a tangent to a convex penalty
+                continue
             if row.sense == "==" and row.name != "prefill_balance":
                 continue
             for place in np.argwhere(block.numbers >= 0):
@@ -470,10 +497,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data: the model, the primal and dual vectors; `from_dict` certifies them anew."""
+        own = len(self.model.symbolic.constraints)
         return {
             "model": self.model.to_dict(),
             "method": self.solution.method,
             "tolerance": self.solution.tolerance,
+            "tangents": [block.name for block in self.program.rows[own:]],
             "values": self.solution.values.tolist(),
             "duals": self.solution.duals.tolist(),
         }
@@ -489,9 +518,9 @@ class Plan:
             model = FluidModel.from_dict(data["model"])
             values, duals = np.array(data["values"], dtype=float), np.array(data["duals"], dtype=float)
             method, tolerance = str(data["method"]), float(data["tolerance"])
+            program = model.with_tangents([str(name) for name in data["tangents"]]).program()
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"not a saved plan: {error!r}") from None
-        program = model.program()
         if (duals.shape, values.shape) != tuple((size,) for size in program.shape):
             raise InvalidInput(
                 f"not a saved plan of this model: {values.size} values and {duals.size} duals for "

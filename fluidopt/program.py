@@ -72,13 +72,27 @@ class LinearProgram:
 
     @cached_property
     def column_bounds(self) -> Array:
-        """An upper bound on every column that the rows imply, shape (columns,); inf where none was found.
+        """An upper bound on every column that the rows imply, shape (columns,); inf where none was found."""
+        return self._propagated(np.full(self.shape[1], np.inf))
 
-        Three rounds of propagation: a row ``sum a x <= b`` bounds each x with a > 0, given bounds on those with a < 0.
+    def bounds_above(self, objective: float) -> Array:
+        """Upper bounds on the columns of every point that is worth at least ``objective``, shape (columns,).
+
+        A column that costs c < 0 per unit is at most what all others can earn beyond ``objective``, over -c.
         """
+        bounds = self.column_bounds
+        costly = self.objective < 0
+        gain = float(np.where(self.objective > 0, self.objective * bounds, 0.0).sum())
+        if not (np.isinf(bounds).any() and costly.any() and np.isfinite(gain)):
+            return bounds
+        most = np.full_like(bounds, np.inf)
+        most[costly] = max(gain - objective, 0.0) / -self.objective[costly]
+        return self._propagated(np.minimum(bounds, most))
+
+    def _propagated(self, bounds: Array) -> Array:
+        """Three rounds: a row ``sum a x <= b`` bounds each x with a > 0, given bounds on those with a < 0."""
         entries = sparse.coo_array(self.matrix)
         row, column = entries.coords
-        bounds = np.full(self.shape[1], np.inf)
         sides = [(entries.data, self.row_upper), (-entries.data, -self.row_lower)]
         for _ in range(3):
             for value, side in sides:
@@ -298,7 +312,9 @@ class Lowering:
     def evaluate(self, expression: sympy.Basic, axes: tuple[Symbol, ...]) -> Any:
         """Evaluate a coefficient or condition in parameters, as an array that broadcasts over ``axes``."""
         function, arguments = compiled(expression)
-        return function(*(self.argument(argument, axes) for argument in arguments))
+        # A template is evaluated for all members at once, also for those whose row or column does not exist.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return function(*(self.argument(argument, axes) for argument in arguments))
 
     def argument(self, argument: Expr, axes: tuple[Symbol, ...]) -> Any:
         """The numbers of one argument of a compiled expression, as an array that broadcasts over ``axes``."""

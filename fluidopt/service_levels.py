@@ -174,10 +174,10 @@ class SlotTPOT:
         share = context.symbols.phi[context.symbols.k].base[Integer(0)]
 
         def tpot(S: float) -> float:
-            return B * solo - (B - 1) * mixed + curve / (B - S)
+            return B * solo - (B - 1) * mixed + (curve / (B - S) if curve else 0.0)
 
         def tangent(S: float, at: str) -> RowFamily:
-            slope = curve / (B - S) ** 2
+            slope = curve / (B - S) ** 2 if curve else 0.0
             right = tpot(S) - self.at_most + slope * (share - S)
             return RowFamily(f"{name}{at}", excess.symbol, ">=", right, (), dual=f"dual_{name}{at}")
 
@@ -361,7 +361,8 @@ class KVMemory:
     output_cv: NonNegative = 1.0
     """Coefficient of variation of output lengths."""
     penalty: Positive | None = None
-    """Money/s per token above the limit; none for a hard bound."""
+    """Money/s per token above a limit; none for a hard bound. A token too many in a mode and over the fleet breaks both
+    limits, and both are charged."""
 
     def add(self, name: str, context: Context) -> Addition:
         """The rows of this level."""
@@ -375,11 +376,12 @@ class KVMemory:
         used = s.sum(held, over=s.i) + s.sum(filling, over=s.i)
         waiting = s.sum(queues.symbol[s.i] * s.P[s.i] * s.q_d[s.i], over=s.i)
         meaning = f"{self.tokens:g} KV-cache tokens fit on a GPU"
+        room = limit.symbol * s.phi[s.k]
         per_mode = _Soft(self.penalty, name, (MODES,), "tokens/GPU").row(
-            used, limit.symbol * s.phi[s.k], f"{meaning} in mode {{mode}}", where=s.C[s.k] + s.b[s.k] > 0
+            used, room, f"{meaning} in mode {{mode}}", where=s.C[s.k] + s.b[s.k] > 0
         )
         fleet = _Soft(self.penalty, f"{name}_fleet", (), "tokens/GPU").row(
-            s.sum(used, over=s.k) + waiting, limit.symbol * s.sum(s.phi[s.k], over=s.k), meaning
+            s.sum(used, over=s.k) + waiting, s.sum(room, over=s.k), meaning
         )
         return Addition(
             rows=(*per_mode.rows, *fleet.rows),

@@ -692,7 +692,7 @@ def test_many_classes_meet_their_own_dual_bound(load, charging):
 
 @pytest.mark.parametrize("load", LOADS)
 def test_time_grows_like_sorting(load):
-    """Twice the classes, about twice the time; best of several alternating runs, since other work disturbs single ones."""
+    """Twice the classes, about twice the time; best of several alternating runs, as other work disturbs single ones."""
     problems = [many_classes(count, load) for count in (100_000, 200_000)]
     best = [float("inf")] * 2
     for _ in range(10):

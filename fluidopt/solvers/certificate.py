@@ -113,7 +113,7 @@ class Certifier:
             # Neumaier and Shcherbina's safe bound: what a wrong-signed reduced cost could still earn.
             excess = np.maximum(cost - duals @ self.matrix, 0.0)
             with np.errstate(invalid="ignore"):
-                bound += float(np.where(excess > 0, excess * program.column_bounds, 0.0).sum())
+                bound += float(np.where(excess > 0, excess * program.bounds_above(objective), 0.0).sum())
             error += bound - float(figures[-1])
         gap = error / weight if weight > 0 else error
         if math.isnan(objective + bound + gap):  # comparisons let a NaN pass

@@ -51,7 +51,10 @@ def scale(program: LinearProgram) -> tuple[LinearProgram, Scaling]:
     cost = program.objective * columns
     money = _near(np.abs(cost))
     lower, upper = program.row_lower * rows, program.row_upper * rows
-    amount = _near(np.abs(np.concatenate([lower[np.isfinite(lower)], upper[np.isfinite(upper)]])))
+    # What flows is set by the equations; a bound far above it must not set the unit.
+    equal = np.abs(lower[lower == upper])
+    sides = np.abs(np.concatenate([lower[np.isfinite(lower)], upper[np.isfinite(upper)]]))
+    amount = _near(equal if equal.any() else sides)
     scaled = replace(
         program,
         objective=cost / money,

@@ -129,7 +129,7 @@ def _relaxation(problem: FleetProblem, at: int, level: Any, limited: bool) -> li
         if level.penalty is None and isinstance(bound, int | float):
             needed = least(partial(_feasible, problem, at, field, limited), bound, loosen)
             if needed is not None:
-                return [f"A fleet exists if {level.kind} has {field} {needed:.6g} in place of {bound:.6g}"]
+                return [f"A fleet exists if {level.kind} has {field} {needed} in place of {bound:.6g}"]
     return []
 
 
