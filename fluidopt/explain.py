@@ -114,7 +114,7 @@ BOUNDS: dict[str, Callable[[float, float], float]] = {
 
 
 def least(feasible: Callable[[float], bool], bound: float, loosen: Callable[[float, float], float]) -> str | None:
-    """The bound nearest ``bound`` that is feasible, to six digits (rounded so that it stays feasible); None if none is."""
+    """The bound nearest ``bound`` that is feasible, to six digits, rounded so that it stays so; None if none is."""
     low, high = 0.0, 1e-3 * (abs(bound) or 1.0)
     while not feasible(loosen(bound, high)):
         low, high = high, 4.0 * high

@@ -171,7 +171,7 @@ class FluidModel:
         return self.symbolic == extend(base, self.scenario.service_levels, context)[0]
 
     def maximize(self, objective: Expr) -> FluidModel:
-        """Replace the revenue rate in the objective by a linear expression in `symbols`; penalties of service levels stay."""
+        """Replace the revenue rate in the objective by a linear expression in `symbols`; penalties stay."""
         checked = self.symbolic.check(objective, "maximize")
         costs = sum((added.cost for added in self._additions), sympy.S.Zero)
         return self._replace(replace(self.symbolic, objective=checked - costs))

@@ -67,7 +67,7 @@ class Plan:
         return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
 
     def _with_decodes(self, slots: Array) -> Plan:
-        """The plan with the same completions, decodes in ``slots`` (shape (K,)) in the router's order; certified anew."""
+        """The plan with the same completions, decodes in ``slots``, shape (K,), in the router's order."""
         work = self.model.workload.output_tokens * self.throughput
         grid = _split(self._fill(slots, float(work.sum())), work, self._has("y"))
         values = self.solution.values.copy()
@@ -248,8 +248,8 @@ class Plan:
     def price_ranges(self, rows: Sequence[str] | None = None) -> pd.DataFrame:
         """Where each shadow price holds: a row per constraint, right sides in absolute values, all else equal.
 
-        Columns: ``shadow_price``, ``right_side``, ``lower`` and ``upper`` (the price holds between them), ``price_below``
-        and ``price_above`` (beyond them; missing where there is no solution), ``note`` (a price at a kink holds to
+        Columns: ``shadow_price``, ``right_side``, ``lower`` and ``upper`` (the price holds between them),
+        ``price_below`` and ``price_above`` (beyond them; missing where there is no solution), ``note`` (a price at a kink holds to
         one side only: the optimum is degenerate there).
 
         Args:
@@ -278,7 +278,7 @@ class Plan:
 
     @cached_property
     def reduced_costs(self) -> pd.Series[float]:
-        """By column: how much the objective would lose per unit if the column were forced up from 0; 0 where it is used."""
+        """By column: what the objective would lose per unit if it were forced up from 0; 0 where it is used."""
         import pandas as pd
 
         cost = self.program.matrix.T @ self.solution.duals - self.program.objective
