@@ -249,8 +249,8 @@ class Plan:
         """Where each shadow price holds: a row per constraint, right sides in absolute values, all else equal.
 
         Columns: ``shadow_price``, ``right_side``, ``lower`` and ``upper`` (the price holds between them),
-        ``price_below`` and ``price_above`` (beyond them; missing where there is no solution), ``note`` (a price at a kink holds to
-        one side only: the optimum is degenerate there).
+        ``price_below`` and ``price_above`` (beyond them; missing where there is no solution), ``note`` (a price at a
+        kink holds to one side only: the optimum is degenerate there).
 
         Args:
             rows: names of constraints as in `shadow_prices` (default: all of them).

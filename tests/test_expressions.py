@@ -135,7 +135,9 @@ def combined(symbols):
             st.tuples(inner, inner).map(lambda pair: pair[0] * pair[1]),
             st.tuples(inner, exponents).map(lambda pair: pair[0] ** pair[1] if pair[0] != 0 else pair[0]),
             st.tuples(inner, functions).map(lambda pair: pair[1](pair[0])),
-            st.tuples(inner, inner).map(lambda pair: sympy.Max(*pair) if not pair[0].is_number else pair[1]),
+            st.tuples(inner, inner).map(
+                lambda pair: sympy.Max(*pair) if all(map(is_real_and_small, pair)) else pair[1]
+            ),
             inner.map(lambda part: symbols.sum(part, over=symbols.k) if symbols.k in part.free_symbols else part),
             inner.map(lambda part: symbols.sum(part, over=symbols.i) if symbols.i in part.free_symbols else part),
         )
@@ -147,7 +149,7 @@ def is_real_and_small(expression):
     bad = (sympy.I, sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
     if expression.has(*bad) or expression.has(sympy.re, sympy.im, sympy.conjugate, sympy.Piecewise):
         return False
-    if any(sympy.Abs(sympy.N(number)) > 1e200 for number in expression.atoms(sympy.Number)):
+    if any(number != 0 and not 1e-200 < abs(sympy.N(number)) < 1e200 for number in expression.atoms(sympy.Number)):
         return False
     constants = [part for part in sympy.preorder_traversal(expression) if part.is_number and not part.is_Number]
     return all(sympy.N(part).is_real for part in constants)
@@ -267,8 +269,10 @@ REFUSED = [
     ("sqrt(-1) <= x[i,k]", "has no finite real value"),
     ("1/0 <= x[i,k]", "has no finite real value"),
     ("x[i,k]/(y[i,k] - y[i,k]) <= 1", "has no finite real value"),
-    ("x[i,k] <= 1e200*1e200", "found a number too large, too long or undefined"),
+    ("x[i,k] <= 1e200*1e200", "found a number too large, too small or too long"),
     ("x[i,k] <= 1e999", "column 11: found '1e999'; a number lies between"),
+    ("x[i,k] <= 1e-200*1e-200", "found a number too large, too small or too long"),
+    ("x[i,k] <= 1e-310", "found '1e-310'; a number lies between"),
     ("x[i,k] <= 1e-999", "found '1e-999'; a number lies between"),
     ("x[i,k] <= " + "9" * 400, "a number lies between"),
     ("x[i,k] // 2 <= 1", "found the operator //"),

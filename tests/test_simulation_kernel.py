@@ -20,7 +20,7 @@ BASELINE = Path(__file__).resolve().parents[1] / "benchmarks" / "plain_gillespie
 
 @pytest.fixture(scope="module")
 def baseline():
-    spec = importlib.util.spec_from_file_location("plain_gillespie", BASELINE)
+    spec = importlib.util.spec_from_file_location("benchmarks.plain_gillespie", BASELINE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["plain_gillespie"] = module
     spec.loader.exec_module(module)

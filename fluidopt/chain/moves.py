@@ -24,6 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FOLLOW_GATE = -1
 """Action: admit as the system's gate does. An action i >= 0 admits one request of class i; i = I holds."""
 
+_integer = cast(Callable[[Any], int], np.int64)  # what numba makes of an index; to a type checker, an int
 DONE, GROW = 0, 1  # why explore returned
 _FILL, _GATE = 0, 1  # what is still to do on a branch
 ARRIVAL_CUT, DECODE_CUT = 1, 2  # flags of a state in which a cap turns somebody away
@@ -98,7 +99,7 @@ class Work(NamedTuple):
     stage: AnyArray  # (depth, 2) what to do, GPU to fill
     columns: AnyArray  # successors of the row
     rates: AnyArray
-    used: AnyArray  # (2,) size of the stack, of the row
+    used: AnyArray  # (3,) size of the stack, of the row, whether an arrival was turned away
 
 
 def work(layout: Layout) -> Work:
@@ -115,7 +116,7 @@ def work(layout: Layout) -> Work:
         stage=np.zeros((depth, 2), dtype=np.int64),
         columns=np.zeros(row, dtype=np.int64),
         rates=np.zeros(row),
-        used=np.zeros(2, dtype=np.int64),
+        used=np.zeros(3, dtype=np.int64),
     )
 
 
@@ -158,14 +159,14 @@ def pack(t: Tables, z: AnyArray) -> int:
         if j < gpus:
             value -= t.first[t.role_of[j]]
         key += value * t.multipliers[j]
-    return cast(int, key)
+    return _integer(key)
 
 
 @_compiled
 def _slot(key: int, size: int) -> int:
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)
-    return cast(int, np.int64(mixed & np.uint64(size - 1)))
+    return _integer(mixed & np.uint64(size - 1))
 
 
 @_compiled
@@ -182,9 +183,9 @@ def find(found: Found, key: int, insert: bool) -> int:
             found.keys[number] = key
             found.slots[at] = number
             found.count[0] = number + 1
-            return cast(int, np.int64(number))
+            return _integer(number)
         if found.keys[number] == key:
-            return cast(int, np.int64(number))
+            return _integer(number)
         at = (at + 1) & (size - 1)
 
 
@@ -296,7 +297,9 @@ def _chosen(t: Tables, z: AnyArray) -> int:
 
 
 @_compiled
-def _admit(t: Tables, w: Work, z: AnyArray, probability: float, action: int, rate: float, found: Found, insert: bool) -> None:
+def _admit(
+    t: Tables, w: Work, z: AnyArray, probability: float, action: int, rate: float, found: Found, insert: bool
+) -> None:
     """The gate: start one prefill and return to the gate, or record the successor."""
     gpus = t.sizes[0]
     i = action
@@ -335,21 +338,17 @@ def _admit(t: Tables, w: Work, z: AnyArray, probability: float, action: int, rat
     for j in range(t.sizes[1]):
         total += z[gpus + j]
     if total > t.sizes[3]:  # an arrival that a full queue turns away: nothing happens
-        w.used[1] = -abs(w.used[1]) - 1
+        w.used[2] = 1
         return
     number = find(found, pack(t, z), insert)
     used = w.used[1]
-    sign = 1
-    if used < 0:
-        used = -used - 1
-        sign = -1
     for k in range(used):
         if w.columns[k] == number:
             w.rates[k] += rate * probability
             return
     w.columns[used] = number
     w.rates[used] = rate * probability
-    w.used[1] = used + 1 if sign > 0 else -(used + 1) - 1
+    w.used[1] = used + 1
 
 
 @_compiled
@@ -390,7 +389,9 @@ def _route(t: Tables, w: Work, z: AnyArray, i: int, g: int) -> bool:
 
 
 @_compiled
-def successors(t: Tables, w: Work, x: AnyArray, action: int, found: Found, insert: bool, z: AnyArray, y: AnyArray) -> int:
+def successors(
+    t: Tables, w: Work, x: AnyArray, action: int, found: Found, insert: bool, z: AnyArray, y: AnyArray
+) -> int:
     """Successors of state x under an action, into w.columns and w.rates; returns the flags of what a cap turned away.
 
     w.used[1] is the number of successors afterwards; y and z are scratch. A successor not among the states found is
@@ -399,17 +400,13 @@ def successors(t: Tables, w: Work, x: AnyArray, action: int, found: Found, inser
     gpus, classes, places = t.sizes[0], t.sizes[1], t.sizes[2]
     word = gpus + classes
     flags = 0
-    w.used[0] = 0
-    w.used[1] = 0
+    w.used[:] = 0
     for i in range(classes):
         if t.arrival_rate[i] > 0:
             y[:] = x
             y[gpus + i] += 1
             _push(w, y, 1.0, _GATE, 0)
             _walk(t, w, t.arrival_rate[i], action, found, insert, z)
-            if w.used[1] < 0:
-                w.used[1] = -w.used[1] - 1
-                flags |= ARRIVAL_CUT
         rate = t.abandonment_rate[i]
         if rate > 0 and x[gpus + i] > 0:
             y[:] = x
@@ -450,7 +447,35 @@ def successors(t: Tables, w: Work, x: AnyArray, action: int, found: Found, inser
                 _push(w, y, 1.0, _FILL, g)
                 _walk(t, w, same * count * t.decode_rate[configuration, i], action, found, insert, z)
         g += same
+    if w.used[2] > 0:
+        flags |= ARRIVAL_CUT
     return flags
+
+
+@_compiled
+def write_row(w: Work, row: int, columns: AnyArray, rates: AnyArray) -> int:
+    """A row of the generator from its successors: sorted by column, with its diagonal; returns its length."""
+    size = 1
+    columns[0] = row
+    rates[0] = 0.0
+    leaving = 0.0
+    for k in range(w.used[1]):
+        column, rate = w.columns[k], w.rates[k]
+        if column == row:
+            continue
+        leaving += rate
+        at = size
+        while at > 0 and columns[at - 1] > column:
+            columns[at] = columns[at - 1]
+            rates[at] = rates[at - 1]
+            at -= 1
+        columns[at] = column
+        rates[at] = rate
+        size += 1
+    for k in range(size):
+        if columns[k] == row:
+            rates[k] = -leaving
+    return size
 
 
 @_compiled
@@ -468,7 +493,7 @@ def explore(
 ) -> tuple[int, int]:
     """Breadth first from the states known; returns why it stopped and the next row.
 
-    With one action, the rows of the generator without its diagonal are written as CSR; with several, only states.
+    With one action, the rows of the generator are written as CSR; with several, nothing but the states.
     """
     row = first_row
     record = actions.size == 1
@@ -485,26 +510,29 @@ def explore(
         for action in actions:
             flags[row] |= successors(t, w, x, action, found, True, z, y)
         if record:
-            at = starts[row]
-            for k in range(w.used[1]):
-                if w.columns[k] != row:
-                    columns[at] = w.columns[k]
-                    rates[at] = w.rates[k]
-                    at += 1
-            starts[row + 1] = at
+            starts[row + 1] = starts[row] + write_row(w, row, columns[starts[row] :], rates[starts[row] :])
         row += 1
     return DONE, row
 
 
 @_compiled
-def accumulate(t: Tables, keys: AnyArray, law: AnyArray, role_first: AnyArray, x: AnyArray, out: AnyArray, flow: AnyArray, prefill_marginal: AnyArray, decode_marginal: AnyArray) -> None:
-    """Means under a law: out (I, 2 + 2 R) queues then prefills and decodes by role; flow (I, 2 + R) completions.
+def accumulate(
+    t: Tables,
+    keys: AnyArray,
+    law: AnyArray,
+    x: AnyArray,
+    out: AnyArray,
+    flow: AnyArray,
+    prefill_marginal: AnyArray,
+    decode_marginal: AnyArray,
+) -> None:
+    """Means under a law: out (I, 2 + 2 R) queues then prefills and decodes by role.
 
     flow holds the rates of prefill ends and of decode ends; the marginals are those of the two queues' total lengths.
     """
     gpus, classes, places = t.sizes[0], t.sizes[1], t.sizes[2]
     word = gpus + classes
-    roles = role_first.size
+    roles = (out.shape[1] - 2) // 2
     for k in range(keys.size):
         p = law[k]
         unpack(t, keys[k], x)

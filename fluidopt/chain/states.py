@@ -127,10 +127,12 @@ class Layout:
         """Estimated bytes of enumeration, generator and iterative solution together, at their peak."""
         states, nnz = self.states(), self.states() * (1 + self.transitions_per_state())
         # keys, hash table while it doubles, flags, diagonal; a dozen vectors of the Krylov iteration
-        per_state = 8 + 4 * 12 + 1 + 8 + 12 * 8
+        per_state = 8 + 4 * 12 + 1 + 8 + 14 * 8
         # rows while they grow; the generator, its transpose and the incomplete factors
-        per_entry = 3 * 12
-        tables = sum(self._configurations(r)["any"] for r in range(self.system.roles)) * (8 + 4 * self.system.classes) * 8
+        per_entry = 40
+        tables = (
+            sum(self._configurations(r)["any"] for r in range(self.system.roles)) * (8 + 4 * self.system.classes) * 8
+        )
         return states * per_state + nnz * per_entry + tables
 
     def refuse(self, *, max_states: int, memory_limit: float, why: str = "") -> None:
@@ -156,9 +158,7 @@ class Layout:
                 f"more than memory_limit={memory_limit / GIB:.2f} GiB{why}. {instead}."
             )
         if prod(self.radices()) > KEY_LIMIT:
-            raise InvalidInput(
-                f"exact_chain: a state with {caps}{words} does not fit into 62 bits. {instead}."
-            )
+            raise InvalidInput(f"exact_chain: a state with {caps}{words} does not fit into 62 bits. {instead}.")
 
     def radices(self) -> list[int]:
         """Number of values of each entry of a state, in the order of the layout."""
@@ -209,9 +209,7 @@ class Configurations:
         for r in range(system.roles):
             prefills = range(-1, classes) if system.role_prefill_mode[r] >= 0 else (-1,)
             vectors = _vectors(classes, int(system.role_decode_slots[r]))
-            listed += [
-                (r, p, d) for p, d in product(prefills, vectors) if sum(d) + (p >= 0) <= system.role_slots[r]
-            ]
+            listed += [(r, p, d) for p, d in product(prefills, vectors) if sum(d) + (p >= 0) <= system.role_slots[r]]
             first.append(len(listed))
         index = {configuration: k for k, configuration in enumerate(listed)}
         shape = (len(listed), classes)

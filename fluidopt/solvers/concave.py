@@ -14,30 +14,35 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import cvxpy as cp
+import cvxpy
 import numpy as np
 import sympy
 from numpy.typing import NDArray
 from scipy import sparse
 from sympy import Expr, Symbol
 
-from fluidopt.algebra import PlainPrinter, SymbolicProgram, base_of, indices_of, primed
+from fluidopt.algebra import PlainPrinter, SymbolicProgram, base_of, primed
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
 from fluidopt.solvers import checked, held
 from fluidopt.solvers.certificate import ROUNDING, Certificate, Solution, SolverOptions, certify
 from fluidopt.solvers.scaling import Scaling, scale
+from fluidopt.tables import shorten
 
 TOLERANCE = 1e-6
-PASSES = 3
+# Runs until the certificate holds: on the curves themselves (False), or on their quadratic models at the best point so
+# far (True).
+RUNS = (False, True, True, True, False, True, True, True)
 # A tangent to a root or logarithm at 0 is vertical; it is taken at this share of the largest argument instead, which
 # leaves it above the function.
 NEAREST_TO_ZERO = 1e-14
-MOST_EXPLAINED = 200
+# Stands for a bound on a column where the rows imply none.
+BEYOND = 1e100
 _TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11, "max_iter": 500}
 _OPPOSITE = {"concave": "convex", "convex": "concave"}
 
 Indices = NDArray[np.int64]
+cp: Any = cvxpy  # most of its names carry no types
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class ConcaveSolution(Solution):
     """A solution of a program with a concave objective f, and the linear program that proves it.
 
     ``certificate.objective`` is f at ``values`` and ``certificate.bound`` an upper bound on f at every feasible point,
-    both in f's own unit. ``duals`` are d(maximum of f)/d(right side). Residuals and gap are those of ``program``, the
-    tangent's linear program, whose optimum and duals are the same; so the gap is relative to the terms of the
-    tangent, and adding a constant to f (the unit of a logarithm's argument) does not change it.
+    both in f's own unit: f <= g @ x + c for its tangent g @ x + c at ``values``, so c plus the bound of the linear
+    program max g @ x bounds f. ``duals`` are d(maximum of f)/d(right side). Residuals and gap are relative to the terms
+    that the tangent is made of (slopes times values, and how much a slope changes over a value), so neither the unit of
+    f nor a constant added to it (the unit of a logarithm's argument) changes them.
     """
 
     program: LinearProgram = None  # type: ignore[assignment]
@@ -147,9 +153,10 @@ class _Curve(_Part):
         return [self.argument]
 
     @cached_property
-    def functions(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """The function and its derivative, on arrays."""
-        return _compiled(type(self.source) if self.exponent is None else self.exponent)
+    def functions(self) -> tuple[Callable[[Any], Any], ...]:
+        """The function, its derivative and its second derivative, on arrays."""
+        kind: Any = type(self.source) if self.exponent is None else self.exponent
+        return _compiled(kind)
 
     @property
     def positive(self) -> bool:
@@ -177,21 +184,22 @@ class _Extreme(_Part):
 
 
 @lru_cache(maxsize=256)
-def _compiled(kind: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """A function of one variable and its derivative by sympy; ``kind`` is exp, log or an exponent."""
+def _compiled(kind: Any) -> tuple[Callable[[Any], Any], ...]:
+    """A function of one variable and its derivatives, by sympy; ``kind`` is exp, log or an exponent."""
     u = Symbol("u", real=True)
-    function = u ** sympy.nsimplify(kind, rational=True) if isinstance(kind, float) else kind(u)
-    return sympy.lambdify([u], function, "numpy"), sympy.lambdify([u], function.diff(u), "numpy")
+    function = u ** (int(kind) if kind == int(kind) else sympy.Float(kind)) if isinstance(kind, float) else kind(u)
+    return tuple(sympy.lambdify([u], function.diff(u, order), "numpy") for order in range(3))
 
 
 class _Graph:
     """Takes an objective apart, with the numbers of a model."""
 
-    def __init__(self, lowering: Lowering, columns: int) -> None:
+    def __init__(self, lowering: Lowering, bounds: Array) -> None:
         self.lowering = lowering
+        self.bounds = bounds
         self.program = lowering.program
         self.show = PlainPrinter(lowering.program).doprint
-        self.columns = columns
+        self.columns = bounds.size
 
     def refusal(self, reason: str) -> InvalidInput:
         return InvalidInput(f"maximize: the objective is not concave, or not seen to be: {reason}")
@@ -258,7 +266,8 @@ class _Graph:
         for term in self.program.terms(expression):
             inner = axes + term.bound
             shape = self.size(inner)
-            value = np.broadcast_to(self.lowering.evaluate(term.coefficient, inner), shape).astype(float)
+            with np.errstate(all="ignore"):
+                value = np.broadcast_to(self.lowering.evaluate(term.coefficient, inner), shape).astype(float)
             row = np.broadcast_to(row_of.reshape(self.size(axes) + (1,) * len(term.bound)), shape)
             if term.variable is None:
                 used = row >= 0
@@ -286,12 +295,22 @@ class _Graph:
         same = sparse.eye_array(members.size, format="csr")
         return _Combination(expression, axes, members, tuple((same, part) for part in parts))
 
+    def place(self, part: _Part, at: int) -> str:
+        """`` for class 'code'``: the member at a place of a part."""
+        sets = [self.lowering.index_of(symbol) for symbol in part.axes]
+        places = np.unravel_index(int(part.members[at]), self.size(part.axes)) if sets else ()
+        labels = [
+            f"{index.name} {self.lowering.numbers.labels[index.name][int(each)]!r}"
+            for index, each in zip(sets, places, strict=True)
+        ]
+        return f" for {', '.join(labels)}" if labels else ""
+
     def product(self, expression: Expr, factors: Sequence[Expr], axes: tuple[Symbol, ...], members: Indices) -> _Part:
         curved = [factor for factor in factors if self.uses(factor)]
         if len(curved) > 1:
             raise self.refusal(
-                f"{self.show(sympy.Mul(*curved))} multiplies or divides variables by each other, which has no curvature "
-                "by the composition rules (the log of a product is a sum of logs; a ratio x/(1 + x) is 1 - 1/(1 + x))"
+                f"{self.show(sympy.Mul(*curved))} multiplies or divides variables by each other, which the composition "
+                "rules cannot place (the log of a product is a sum of logs; a ratio x/(1 + x) is 1 - 1/(1 + x))"
             )
         weight = self.numbers(sympy.Mul(*(factor for factor in factors if factor is not curved[0])), axes, members)
         # Members without weight are left out, so that 0*log(0) is 0.
@@ -308,10 +327,34 @@ class _Graph:
         number = float(values[0]) if values.size else 1.0
         if number in (0.0, 1.0):
             return self.part(base if number else sympy.S.One, axes, members)
-        return _Curve(expression, axes, members, self.part(base, axes, members), number)
+        inner = self.part(base, axes, members)
+        if 0 < number < 1 and isinstance(inner, _Affine):
+            # Roots of what is 0 in every plan are 0; their slope there, which is infinite, means nothing.
+            with np.errstate(invalid="ignore"):
+                used = np.flatnonzero(inner.constant + inner.matrix.maximum(0) @ self.bounds > 0)
+            if 0 < used.size < members.size:
+                matrix = sparse.csr_array(
+                    (np.ones(used.size), (used, np.arange(used.size))), shape=(members.size, used.size)
+                )
+                rest = self.power(expression, base, exponent, axes, members[used])
+                return _Combination(expression, axes, members, ((matrix, rest),))
+        return _Curve(expression, axes, members, inner, number)
 
 
 # ---- what is read off the graph ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tangent:
+    """``gradient @ x + constant``, and how large what it is made of is."""
+
+    gradient: Array
+    constant: float
+    terms_of_gradient: Array
+    """Shape (columns,): what the slopes of curves change by over their arguments (over the terms of these, where they
+    may cancel; over 1 at most for exp), and the slopes of all parts of minima and maxima."""
+    terms: float
+    """The same, times the terms of the arguments."""
 
 
 class _Concave:
@@ -326,7 +369,7 @@ class _Concave:
         lowered = lowering.run()
         self.lowering = lowering
         self.rows = replace(lowered, objective=np.zeros(lowered.shape[1]))
-        self.graph = _Graph(lowering, lowered.shape[1])
+        self.graph = _Graph(lowering, self.finite_bounds)
         self.root = self.graph.part(program.check(program.objective, "maximize"), (), np.zeros(1, dtype=np.int64))
         self.order = _ordered(self.root)
         self.extremes = [part for part in self.order if isinstance(part, _Extreme)]
@@ -334,16 +377,18 @@ class _Concave:
         self.require_concave()
 
     @cached_property
+    def plain(self) -> _Expressions:
+        """The objective's parts as cvxpy expressions in the model's own units, for its composition rules."""
+        return _Expressions(self.order, cp.Variable(self.rows.shape[1], nonneg=True), {}, None)
+
+    @cached_property
     def curvatures(self) -> dict[_Part, str]:
         """Concave, convex, linear or unknown, by cvxpy's composition rules."""
-        built = _Expressions(self.order, cp.Variable(self.rows.shape[1], nonneg=True), {}, None)
         kinds = {"CONSTANT": "linear", "AFFINE": "linear", "CONCAVE": "concave", "CONVEX": "convex"}
-        return {part: kinds.get(built.of[part].curvature, "unknown") for part in self.order}
+        return {part: kinds.get(self.plain.of[part].curvature, "unknown") for part in self.order}
 
     def require_domains(self) -> None:
         """cvxpy takes odd and negative whole powers for functions of positive numbers only; so they must be."""
-        x = cp.Variable(self.rows.shape[1], nonneg=True)
-        built = _Expressions(self.order, x, {}, None)
         for part in self.order:
             if not isinstance(part, _Curve) or part.exponent is None or part.exponent != int(part.exponent):
                 continue
@@ -355,7 +400,7 @@ class _Concave:
                     least = inner.constant + inner.matrix.minimum(0) @ self.finite_bounds
                 sure = bool(np.all(least >= 0))
             else:
-                sure = built.of[inner].is_nonneg()
+                sure = self.plain.of[inner].is_nonneg()
             if not sure:
                 show = self.graph.show
                 raise self.graph.refusal(
@@ -365,7 +410,7 @@ class _Concave:
     @cached_property
     def finite_bounds(self) -> Array:
         """Upper bounds on the columns; where the rows imply none, one beyond all use."""
-        return np.where(np.isinf(self.rows.column_bounds), 1e300, self.rows.column_bounds)
+        return np.where(np.isinf(self.rows.column_bounds), BEYOND, self.rows.column_bounds)
 
     def require_concave(self) -> None:
         if self.curvatures[self.root] not in ("concave", "linear"):
@@ -418,8 +463,8 @@ class _Concave:
         """f at a point; -inf or NaN outside its domain."""
         return float(self.values(x)[self.root][0])
 
-    def tangent(self, x: Array, weights: Mapping[_Part, Array]) -> tuple[Array, float]:
-        """Gradient g, shape (columns,), and constant c with f <= g @ x + c everywhere, equal at ``x`` up to rounding.
+    def tangent(self, x: Array, weights: Mapping[_Part, Array]) -> _Tangent:
+        """A linear function that is nowhere below f, and equal to it at ``x`` up to rounding.
 
         Minima and maxima give way to the average of their parts with ``weights``, shape (parts, N), which is nowhere
         on the wrong side; by default all weight is on the part that attains it.
@@ -428,6 +473,8 @@ class _Concave:
         slope = {part: np.zeros(part.members.size) for part in self.order}
         slope[self.root] = np.ones(1)
         gradient, constant = np.zeros(self.rows.shape[1]), 0.0
+        terms_of_gradient, terms = np.zeros(self.rows.shape[1]), 0.0
+        reach = np.abs(x) + ROUNDING * np.abs(x).max(initial=0.0)
         with np.errstate(all="ignore"):
             for part in reversed(self.order):
                 price = slope[part]
@@ -439,18 +486,31 @@ class _Concave:
                         for matrix, inner in part.terms:
                             slope[inner] = slope[inner] + matrix.T @ price
                     case _Curve():
-                        at = found[part.argument]
-                        if part.positive:
-                            at = np.maximum(at, NEAREST_TO_ZERO * max(float(at.max(initial=0.0)), 1e-250))
-                        rise = np.broadcast_to(part.functions[1](at), at.shape)
-                        slope[part.argument] = slope[part.argument] + price * rise
-                        constant += float(price @ (part.functions[0](at) - rise * at))
+                        inner, (function, rise, bend) = part.argument, part.functions
+                        at = _positive(part, found[inner])
+                        rises = np.broadcast_to(rise(at), at.shape)
+                        slope[inner] = slope[inner] + price * rises
+                        constant += float(price @ (function(at) - rises * at))
+                        size = np.abs(at)
+                        if isinstance(inner, _Affine) and not part.positive:
+                            size = abs(inner.matrix) @ reach + np.abs(inner.constant)
+                        if isinstance(part.source, sympy.exp):
+                            bends, size = bend(at), np.minimum(size, 1.0)
+                        else:
+                            bends = bend(size)
+                        bends = np.abs(price * bends)
+                        terms += float(bends @ size**2)
+                        if isinstance(inner, _Affine):
+                            terms_of_gradient += abs(inner.matrix).T @ (bends * size)
                     case _Extreme():
                         share = weights.get(part)
                         share = self.attained(part, found) if share is None else share
                         for inner, each in zip(part.parts, share, strict=True):
                             slope[inner] = slope[inner] + price * each
-        return gradient, constant
+                            if isinstance(inner, _Affine):
+                                terms_of_gradient += abs(inner.matrix).T @ np.abs(price)
+                                terms += float(np.abs(price) @ (abs(inner.matrix) @ reach))
+        return _Tangent(gradient, constant, terms_of_gradient, terms)
 
     def attained(self, part: _Extreme, found: Mapping[_Part, Array]) -> Array:
         stacked = np.stack([found[inner] for inner in part.parts])
@@ -461,19 +521,27 @@ class _Concave:
 
     def certify(self, x: Array, duals: Array, weights: Mapping[_Part, Array]) -> tuple[LinearProgram, Certificate]:
         """The tangent's linear program, and the certificate in the unit of f (see `ConcaveSolution`)."""
-        gradient, constant = self.tangent(x, weights)
-        program = replace(self.rows, objective=gradient)
-        linear = certify(program, x, duals)
-        objective = self.objective(x)
-        # What the tangent lies above f at the point itself: minima with a weight on a part that is not the least.
-        slack = abs(float(gradient @ x) + constant - objective)
-        weight = abs(float(gradient @ x)) + ROUNDING * float(np.abs(gradient) @ np.abs(x))
+        tangent = self.tangent(x, weights)
+        program = replace(self.rows, objective=tangent.gradient)
+        linear, objective = certify(program, x, duals), self.objective(x)
+        lower, upper, matrix, size = program.row_lower, program.row_upper, program.matrix, abs(program.matrix)
+        activity = matrix @ x
+        shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
+        largest = float(np.abs(duals).max(initial=0.0))
+        excess = tangent.gradient - matrix.T @ duals
+        pieces = np.abs(tangent.gradient) + size.T @ np.abs(duals) + tangent.terms_of_gradient
+        pieces += ROUNDING * largest * (size.max(axis=0).toarray().ravel() if size.nnz else 0.0)
+        wrong = np.maximum(np.where(np.isinf(upper), duals, 0.0), np.where(np.isinf(lower), -duals, 0.0))
+        value = float(tangent.gradient @ x)
+        # The tangent lies above f at the point itself where a minimum has weight on a part that is not the least.
+        error = abs(linear.bound - value) + float(np.abs(duals) @ shortfall) + abs(value + tangent.constant - objective)
+        weight = abs(value) + tangent.terms + ROUNDING * float(np.abs(tangent.gradient) @ np.abs(x))
         return program, Certificate(
             max(linear.primal_residual, self.domain_residual(x)),
-            linear.dual_residual,
-            linear.gap + (slack / weight if weight > 0 else slack),
+            max(_relative(excess, pieces), _relative(wrong, np.full(wrong.shape, largest))),
+            error / weight if weight > 0 else error,
             objective,
-            linear.bound + constant,
+            linear.bound + tangent.constant,
         )
 
     def domain_residual(self, x: Array) -> float:
@@ -482,28 +550,31 @@ class _Concave:
         for part in self.order:
             if isinstance(part, _Curve) and part.positive:
                 inside = found[part.argument]
-                terms = np.abs(inside).max(initial=0.0)
+                terms = np.full(inside.shape, np.abs(inside).max(initial=0.0))
                 if isinstance(part.argument, _Affine):
                     terms = abs(part.argument.matrix) @ np.abs(x) + np.abs(part.argument.constant)
-                with np.errstate(all="ignore"):
-                    worst = max(worst, float(np.max(np.where(inside < 0, -inside / terms, 0.0), initial=0.0)))
+                worst = max(worst, _relative(-inside, terms))
         return worst
 
     # -- solving
 
     def solve(self, options: SolverOptions) -> ConcaveSolution:
-        """Solve, at most `PASSES` times in better and better units, until the certificate holds."""
+        """Solve, then solve again around the answer, until the certificate holds.
+
+        Later runs replace every curve by its quadratic model at the answer (Newton's step): quadratic programs are
+        solved more sharply than exponential and power cones.
+        """
         tolerance = options.tolerance or TOLERANCE
         scaled, scaling = scale(self.rows)
-        near = scaling.columns * scaling.amount
+        near = self.start(options)
         best: ConcaveSolution | None = None
-        for _ in range(PASSES):
+        for sharpen in RUNS:
             try:
-                x, duals, weights = self.attempt(scaled, scaling, near, options)
-            except SolverFailure:
+                x, duals, weights = self.attempt(scaled, scaling, near, options, sharpen=sharpen)
+            except (SolverFailure, InfeasibleModel):
                 if best is None:
                     raise
-                break
+                continue
             for found in (duals, None):
                 if found is None:
                     found = self.duals_of_tangent(x, weights, options)
@@ -515,15 +586,29 @@ class _Concave:
                     return solution
                 if best is None or _size(certificate) < _size(best.certificate):
                     best = solution
-            near = x
-        assert best is not None
+            near = x if best is None else best.values
+        if best is None or self.grows(best, options):
+            # An optimum would have duals; a point without has a direction in which the objective still grows.
+            raise InfeasibleModel("the objective has no finite maximum, or none that is attained", kind="unbounded")
         return best
+
+    def grows(self, solution: ConcaveSolution, options: SolverOptions) -> bool:
+        """Whether the tangent at a point has no finite maximum, which that at an optimum has."""
+        from fluidopt.solvers.highs import solve
+
+        try:
+            solve(solution.program, options)
+        except InfeasibleModel as error:
+            return error.kind == "unbounded"
+        except SolverFailure:
+            pass
+        return False
 
     def duals_of_tangent(self, x: Array, weights: Mapping[_Part, Array], options: SolverOptions) -> Array | None:
         """Duals of the tangent's linear program: sharper than an interior point's where these are too rough."""
         from fluidopt.solvers.highs import solve
 
-        gradient, _ = self.tangent(x, weights)
+        gradient = self.tangent(x, weights).gradient
         if not np.isfinite(gradient).all():
             return None
         try:
@@ -534,35 +619,135 @@ class _Concave:
     def weights_anew(self) -> Mapping[_Part, Array]:
         """Weights of the parts of minima and maxima at the optimum."""
         scaled, scaling = scale(self.rows)
-        near = scaling.columns * scaling.amount
+        near = self.start(SolverOptions())
         for _ in range(2):
             near, _, weights = self.attempt(scaled, scaling, near, SolverOptions())
         return weights
 
+    def start(self, options: SolverOptions) -> Array:
+        """A point that satisfies the rows and keeps logarithms and roots away from 0, as far as linear ones go.
+
+        Raises:
+            InfeasibleModel: no point satisfies the rows.
+            InvalidInput: none of those that do gives the objective a finite value.
+        """
+        from fluidopt.solvers.highs import solve
+
+        calm = self.away_from_exponentials()
+        try:
+            point = solve(replace(self.rows, objective=calm), options).values
+        except InfeasibleModel as error:
+            if error.kind == "infeasible":
+                raise
+            calm = np.zeros_like(calm)
+            point = solve(self.rows, options).values
+        curves = [
+            (part, part.argument)
+            for part in self.order
+            if isinstance(part, _Curve) and part.positive and isinstance(part.argument, _Affine) and part.members.size
+        ]
+        if not curves:
+            return point
+        # max t with every argument at least t times the most it can be.
+        shares = []
+        for part, inner in curves:
+            top = self.most(inner)
+            if part.strictly_positive and top.min() <= 0:
+                raise self.undefined(part, int(top.argmin()))
+            shares.append(np.where((top > 0) & (top < BEYOND**0.5), top, 1.0) * part.strictly_positive)
+        below = sparse.hstack(
+            [
+                sparse.vstack([inner.matrix for _, inner in curves]),
+                sparse.csr_array(-np.concatenate(shares)[:, None]),
+            ]
+        )
+        count, columns = below.shape
+        width = sparse.csr_array((np.ones(1), (np.zeros(1, int), np.array([columns - 1]))), shape=(1, columns))
+        above = sparse.hstack([self.rows.matrix, sparse.csr_array((self.rows.shape[0], 1))])
+        program = LinearProgram(
+            objective=np.append(1e-3 * calm, 1.0),
+            matrix=sparse.csc_array(sparse.vstack([above, below, width])),
+            row_lower=np.concatenate([self.rows.row_lower, *(-inner.constant for _, inner in curves), [-np.inf]]),
+            row_upper=np.concatenate([self.rows.row_upper, np.full(count, np.inf), [1.0]]),
+            rows=(),
+            columns=(),
+        )
+        owners = [(part, at) for part, _ in curves for at in range(part.members.size)]
+        try:
+            best = solve(program, options)
+        except InfeasibleModel:
+            names = shorten([self.graph.show(inner.source) for _, inner in curves])
+            raise InvalidInput(
+                f"maximize: in no plan are all of these at least 0, as the objective needs: {names}"
+            ) from None
+        if best.values[-1] <= 1e-12:
+            prices = -best.duals[self.rows.shape[0] : -1]
+            raise self.undefined(*owners[int(prices.argmax())])
+        inside: Array = best.values[:-1]
+        return inside
+
+    def away_from_exponentials(self) -> Array:
+        """Coefficients of a linear objective, at most about 1, that keeps the arguments of exponentials small."""
+        calm = np.zeros(self.rows.shape[1])
+        for part in self.order:
+            if isinstance(part, _Curve) and isinstance(part.source, sympy.exp) and isinstance(part.argument, _Affine):
+                inner = part.argument
+                size = float(
+                    abs(inner.matrix).sum(axis=0) @ np.where(self.finite_bounds < BEYOND, self.finite_bounds, 1.0)
+                )
+                calm -= inner.matrix.sum(axis=0) / (size if size > 0 else 1.0)
+        return calm
+
+    def most(self, part: _Affine) -> Array:
+        """An upper bound on each value that the rows imply, shape (N,)."""
+        with np.errstate(invalid="ignore"):
+            most: Array = part.constant + part.matrix.maximum(0) @ self.finite_bounds
+        return most
+
+    def undefined(self, part: _Curve, at: int) -> InvalidInput:
+        show, place = self.graph.show, self.graph.place(part, at)
+        return InvalidInput(
+            f"maximize: the objective has no finite value, because {show(part.argument.source)} is not above 0 in any "
+            f"plan{place}, as {show(part.source)} needs; where a term is not meant, give it the weight 0 (a class "
+            "without arrivals: multiply by lambda[i])"
+        )
+
     def attempt(
-        self, scaled: LinearProgram, scaling: Scaling, near: Array, options: SolverOptions
+        self,
+        scaled: LinearProgram,
+        scaling: Scaling,
+        near: Array,
+        options: SolverOptions,
+        *,
+        sharpen: bool = False,
     ) -> tuple[Array, Array, dict[_Part, Array]]:
-        """One run of Clarabel with arguments and objective in units of their size at ``near``."""
+        """One run of Clarabel with arguments and objective in units of their size at ``near``.
+
+        With ``sharpen``, curves are replaced by their quadratic models there.
+        """
         found = self.values(near)
-        gradient, _ = self.tangent(near, {})
-        size = float(np.abs(gradient) @ np.abs(near))
+        tangent = self.tangent(near, {})
+        # Columns that happen to be 0 at that point count as the rows would have them.
+        usual = np.maximum(near, np.minimum(scaling.columns * scaling.amount, self.rows.column_bounds))
+        size = float(np.abs(tangent.gradient) @ usual) + tangent.terms
         money = size if np.isfinite(size) and size > 0 else 1.0
         units = {part: _unit(part, found[part.argument], near) for part in self.order if isinstance(part, _Curve)}
         x = cp.Variable(scaled.shape[1], nonneg=True)
         constraints, kinds = _rows(scaled, x)
         own = cp.multiply(scaling.columns * scaling.amount, x)
-        built = _Expressions(self.order, own, units, [])
-        problem = cp.Problem(cp.Maximize(cp.sum(built.of[self.root]) / money), [*constraints, *built.constraints])
+        with np.errstate(all="ignore"):
+            built = _Expressions(self.order, own, units, [], {part: found[part.argument] for part in units if sharpen})
+            problem = cp.Problem(cp.Maximize(cp.sum(built.of[self.root]) / money), [*constraints, *built.constraints])
         limits = {"time_limit": options.time_limit} if np.isfinite(options.time_limit) else {}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
                 # Whether the answer is accurate is for the certificate to say.
                 warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-                problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)  # type: ignore[no-untyped-call]
+                problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)
         except cp.SolverError as error:
             raise SolverFailure(f"cvxpy (Clarabel) failed: {error}") from None
         if problem.status in {cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE}:
-            raise self.infeasible(options)
+            raise InfeasibleModel("no point satisfies all rows and keeps the objective's logarithms and roots defined")
         if problem.status in {cp.UNBOUNDED, cp.UNBOUNDED_INACCURATE}:
             raise InfeasibleModel("the objective has no finite maximum", kind="unbounded")
         if x.value is None:
@@ -572,42 +757,6 @@ class _Concave:
             duals[rows] += sign * np.atleast_1d(constraint.dual_value)
         values = scaling.values(np.maximum(x.value, 0.0))
         return values, scaling.duals(duals) / scaling.amount * money, built.weights()
-
-    def infeasible(self, options: SolverOptions) -> Exception:
-        """Why there is no point: the rows alone, or what the objective's logarithms and roots ask for."""
-        from fluidopt.solvers.highs import solve
-
-        solve(self.rows, options)
-        for part in self.order:
-            if not isinstance(part, _Curve) or not part.strictly_positive or not isinstance(part.argument, _Affine):
-                continue
-            inner = part.argument
-            for at in range(min(part.members.size, MOST_EXPLAINED)):
-                goal = inner.matrix[[at]].toarray().ravel()
-                try:
-                    best = float(goal @ solve(replace(self.rows, objective=goal), options).values) + inner.constant[at]
-                except InfeasibleModel:
-                    continue
-                if best <= 1e-12 * (np.abs(goal).max(initial=0.0) + abs(inner.constant[at])):
-                    show = self.graph.show
-                    return InvalidInput(
-                        f"maximize: the objective has no finite value, because {show(inner.source)} is 0 in every plan"
-                        f"{self.named(part, at)} and {show(part.source)} needs it above 0; give it the weight 0 there, "
-                        "for instance lambda[i] for a class without arrivals"
-                    )
-        return InfeasibleModel(
-            "no point satisfies all rows and keeps every logarithm and root of the objective defined"
-        )
-
-    def named(self, part: _Part, at: int) -> str:
-        """`` for 'label', 'label'``: the member at a place of a part."""
-        place = np.unravel_index(int(part.members[at]), self.graph.size(part.axes)) if part.axes else ()
-        sets = [self.lowering.index_of(symbol) for symbol in part.axes]
-        labels = [
-            f"{index.name} {self.lowering.numbers.labels[index.name][int(each)]!r}"
-            for index, each in zip(sets, place, strict=True)
-        ]
-        return f" for {', '.join(labels)}" if labels else ""
 
 
 class _Expressions:
@@ -619,11 +768,18 @@ class _Expressions:
         units: for a `_Curve`, the size of its argument (what is subtracted from it, for exp), shape (N,).
         constraints: None for minima and maxima as cvxpy has them; a list to which the rows that define them are
             added, whose duals then are the weights of their parts.
+        around: for each `_Curve` that is replaced by its quadratic model, its argument there, shape (N,).
     """
 
     def __init__(
-        self, order: Sequence[_Part], x: Any, units: Mapping[_Part, Array], constraints: list[Any] | None
+        self,
+        order: Sequence[_Part],
+        x: Any,
+        units: Mapping[_Curve, Array],
+        constraints: list[Any] | None,
+        around: Mapping[_Curve, Array] | None = None,
     ) -> None:
+        self.around = around or {}
         self.of: dict[_Part, Any] = {}
         self.constraints: list[Any] = [] if constraints is None else constraints
         self.limits: dict[_Part, list[Any]] = {}
@@ -647,6 +803,8 @@ class _Expressions:
 
     def curve(self, part: _Curve, unit: Array | None) -> Any:
         inner = self.of[part.argument]
+        if part in self.around:
+            return self.model(part, inner, self.around[part])
         if isinstance(part.source, sympy.exp):
             return cp.exp(inner) if unit is None else cp.multiply(np.exp(unit), cp.exp(inner - unit))
         if part.exponent is None:
@@ -655,6 +813,15 @@ class _Expressions:
         if unit is None:
             return cp.power(inner, exponent, approx=False)
         return cp.multiply(unit**exponent, cp.power(cp.multiply(1 / unit, inner), exponent, approx=False))
+
+    def model(self, part: _Curve, inner: Any, at: Array) -> Any:
+        """Value, slope and, where the argument is linear, curvature at a point."""
+        at = _positive(part, at)
+        value, slope, bend = (np.broadcast_to(function(at), at.shape) for function in part.functions)
+        unit = np.where(at == 0, 1.0, np.abs(at))
+        step = cp.multiply(1 / unit, inner) - at / unit
+        model = value + cp.multiply(slope * unit, step)
+        return model + cp.multiply(bend / 2 * unit**2, cp.square(step)) if inner.is_affine() else model
 
     def weights(self) -> dict[_Part, Array]:
         """Weights of the parts of minima and maxima, shape (parts, N), from the duals of the rows that define them."""
@@ -695,6 +862,11 @@ def _unit(part: _Curve, inside: Array, near: Array) -> Array:
     return np.where(np.isfinite(size) & (size > 0), size, 1.0)
 
 
+def _positive(part: _Curve, at: Array) -> Array:
+    """Arguments at which the curve has a slope."""
+    return np.maximum(at, NEAREST_TO_ZERO * max(float(at.max(initial=0.0)), 1e-250)) if part.positive else at
+
+
 def _ordered(root: _Part) -> list[_Part]:
     """All parts, inner ones first."""
     found: list[_Part] = []
@@ -707,6 +879,12 @@ def _sign(matrix: sparse.csr_array) -> int:
     """1 or -1 where all entries have that sign (or are 0), else 0."""
     least, most = matrix.data.min(initial=0.0), matrix.data.max(initial=0.0)
     return 1 if least >= 0 else -1 if most <= 0 else 0
+
+
+def _relative(violation: Array, weight: Array) -> float:
+    """The largest violation relative to its weight; NaN stays NaN."""
+    with np.errstate(all="ignore"):
+        return float(np.max(np.where(violation <= 0, 0.0, violation / weight), initial=0.0))
 
 
 def _size(certificate: Certificate) -> float:
