@@ -21,7 +21,7 @@ LEVELS = (
     "KVMemory",
     "KVTransfer",
 )
-ORDER = ("Scenario", "WorkloadClass", "GPU", "IterationTime", "Mode", "TokenPrices", *LEVELS)
+ORDER = ("Scenario", "WorkloadClass", "GPU", "IterationTime", "Mode", "TokenPrices", "Row", *LEVELS)
 TYPES = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true/false"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,20 @@ from fluidopt.algebra import PlainPrinter, RowFamily, SymbolicProgram, relation_
 from fluidopt.contention import GPU, Mode, warn_if_unphysical
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.explain import explain
+from fluidopt.expressions import (
+    parse_condition,
+    parse_expression,
+    parse_relation,
+    write_condition,
+    write_expression,
+    write_relation,
+)
 from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
 from fluidopt.program import LinearProgram, Numbers, lower
-from fluidopt.scenario import Charging, Scenario, read_scenario
+from fluidopt.scenario import Charging, Row, Scenario, read_scenario
 from fluidopt.service_levels import Context, ServiceLevel, extend
 from fluidopt.solvers import Solution, SolverOptions, certify, checked, held, solve_program
+from fluidopt.solvers.concave import is_linear, lower_rows, solve_concave
 from fluidopt.solvers.structured import solve_structured, why_not
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
@@ -72,6 +81,7 @@ class FluidModel:
             Context(workload, self.modes, self.symbols),
         )
         self._program: LinearProgram | None = None
+        self._unsaved: str | None = None
         for gpu in self.gpu_types:
             warn_if_unphysical(gpu)
 
@@ -89,6 +99,10 @@ class FluidModel:
         )
         if scenario.gpus is not None:
             model.scenario = replace(model.scenario, gpus=scenario.gpus)
+        for row in scenario.rows:
+            model.subject_to(row.row, name=row.name, where=row.where or True, meaning=row.meaning)
+        if scenario.objective is not None:
+            model.maximize(scenario.objective)
         return model
 
     @property
@@ -126,18 +140,25 @@ class FluidModel:
         """Whether rows and objective are the built-in ones (nothing added by `subject_to` or `maximize`)."""
         return self.symbolic == formulation(self.scenario.charging)
 
-    def subject_to(self, relation: object, *, name: str, where: Boolean | bool = True, meaning: str = "") -> FluidModel:
+    def subject_to(
+        self, relation: object, *, name: str, where: Boolean | bool | str = True, meaning: str = ""
+    ) -> FluidModel:
         """Add a linear row, or one per member of the free indices of ``relation``.
 
         Args:
-            relation: ``left <= right``, ``left >= right`` or ``sympy.Eq(left, right)`` in `symbols`.
+            relation: ``left <= right``, ``left >= right`` or ``sympy.Eq(left, right)`` in `symbols`, or the same as
+                text (``"q_p[i] <= 2*lambda[i]"``).
             name: of the family of rows; its shadow prices are listed under it.
-            where: a condition on parameters that selects the members (default: all).
+            where: a condition on parameters that selects the members, or its text (default: all).
             meaning: the row in words, with ``{class}``, ``{mode}``, ``{gpu}`` standing for the labels.
 
         Raises:
             InvalidInput: where the row is not a relation, not linear, or uses what the model does not determine.
         """
+        if isinstance(relation, str):
+            relation = parse_relation(relation, self.symbols)
+        if isinstance(where, str):
+            where = parse_condition(where, self.symbols)
         if isinstance(relation, bool | BooleanAtom):
             raise InvalidInput(f"subject_to: row {name!r} holds no variable (it is simply {relation})")
         left, sense, right = relation_parts(relation)
@@ -161,25 +182,43 @@ class FluidModel:
             dual=f"dual_{name}",
             dual_unit="money/s per unit of the right side",
         )
-        return self._replace(self.symbolic.with_row(row))
+        self._replace(self.symbolic.with_row(row))
+        self._note(lambda: {"rows": (*self.scenario.rows, _row_text(row, meaning, self.symbols))})
+        return self
 
     @property
     def is_built_in(self) -> bool:
         """Whether rows and objective are those of the formulation and the service levels, with nothing added."""
-        base = replace(formulation(self.scenario.charging), labels=self.labels)
-        context = Context(self.workload, self.modes, self.symbols)
-        return self.symbolic == extend(base, self.scenario.service_levels, context)[0]
+        return self._unsaved is None and not self.scenario.rows and self.scenario.objective is None
 
-    def maximize(self, objective: Expr) -> FluidModel:
-        """Replace the revenue rate in the objective by a linear expression in `symbols`; penalties stay."""
+    def maximize(self, objective: Expr | str) -> FluidModel:
+        """Replace the revenue rate in the objective by an expression in `symbols`, or its text; penalties stay.
+
+        Linear, or concave (``sum(log(...), i)``, ``sqrt``, ...), which is solved through cvxpy.
+        """
+        if isinstance(objective, str):
+            objective = parse_expression(objective, self.symbols)
         checked = self.symbolic.check(objective, "maximize")
         costs = sum((added.cost for added in self._additions), sympy.S.Zero)
-        return self._replace(replace(self.symbolic, objective=checked - costs))
+        self._replace(replace(self.symbolic, objective=checked - costs))
+        self._note(lambda: {"objective": write_expression(checked, self.symbols)})
+        return self
+
+    def _note(self, write: Callable[[], dict[str, Any]]) -> None:
+        """Keep the scenario in step with what was added, as text; where it has no text, the model cannot be saved."""
+        try:
+            self.scenario = replace(self.scenario, **write())
+        except InvalidInput as error:
+            self._unsaved = str(error)
 
     def _replace(self, symbolic: SymbolicProgram) -> FluidModel:
-        program = lower(symbolic, self.numbers())
+        program = self._lower(symbolic)
         self.symbolic, self._program = symbolic, program
         return self
+
+    def _lower(self, symbolic: SymbolicProgram) -> LinearProgram:
+        """Arrays of the rows, and of the objective where that is linear."""
+        return (lower if is_linear(symbolic) else lower_rows)(symbolic, self.numbers())
 
     def numbers(self) -> Numbers:
         """Labels and parameter values, in the names of `symbolic`."""
@@ -203,7 +242,7 @@ class FluidModel:
     def program(self) -> LinearProgram:
         """The model as sparse arrays."""
         if self._program is None:
-            self._program = lower(self.symbolic, self.numbers())
+            self._program = self._lower(self.symbolic)
         return self._program
 
     def solve(self, solver: str = "auto", *, options: SolverOptions | None = None) -> Plan:
@@ -230,13 +269,17 @@ class FluidModel:
                 raise explain(self, error, program) from None
             cuts, solution = work._cuts(program, solution)
             if not cuts:
-                return Plan.from_solution(self.copy(), program, solution)
+                return Plan.from_solution(self.copy(), getattr(solution, "program", program), solution)
             work._replace(replace(work.symbolic, constraints=(*work.symbolic.constraints, *cuts)))
         raise SolverFailure(f"the convex penalties were not met to tolerance in {MOST_CUTS} rounds of tangents")
 
     def _solve(self, program: LinearProgram, solver: str, options: SolverOptions | None) -> Solution:
         """Pick the solver: the structured one where it is exact, else HiGHS."""
         options = checked(options)
+        if not is_linear(self.symbolic):
+            if solver not in ("auto", "cvxpy"):
+                raise InvalidInput(f"solver {solver!r} needs a linear objective; use 'auto' or 'cvxpy'")
+            return solve_concave(self.symbolic, self.numbers(), options)
         if solver == "knapsack" or (solver == "auto" and options.method == "auto"):
             reason = why_not(self)
             tolerance = options.tolerance or 1e-7
@@ -268,6 +311,8 @@ class FluidModel:
             values[at] = max(exact, present)
         if cuts or np.array_equal(values, solution.values):
             return cuts, solution
+        if not is_linear(self.symbolic):
+            raise InvalidInput("a convex penalty and a concave objective do not go together; use a hard bound")
         return [], replace(solution, values=values, certificate=certify(program, values, solution.duals))
 
     def with_tangents(self, names: Sequence[str]) -> FluidModel:
@@ -292,10 +337,9 @@ class FluidModel:
 
     def to_dict(self) -> dict[str, Any]:
         """The model's inputs as JSON-able data; `FluidModel.from_dict` reads it back."""
-        if not self.is_built_in:
+        if self._unsaved is not None:
             raise InvalidInput(
-                "a model with rows or an objective written in symbols has no JSON form; save model.scenario and add "
-                "the rows again after reading it"
+                f"this model has no JSON form, because something added to it has no text: {self._unsaved}"
             )
         return self.scenario.to_dict()
 
@@ -325,3 +369,10 @@ class FluidModel:
 
     def _repr_latex_(self) -> str:
         return self.symbolic._repr_latex_()
+
+
+def _row_text(row: RowFamily, meaning: str, symbols: Symbols) -> Row:
+    """An added family of rows as a scenario file writes it."""
+    relation = {"<=": sympy.Le, ">=": sympy.Ge, "==": sympy.Eq}[row.sense](row.left, row.right, evaluate=False)
+    where = None if row.where == sympy.true else write_condition(row.where, symbols)
+    return Row(name=row.name, row=write_relation(relation, symbols), where=where, meaning=meaning)

@@ -14,6 +14,7 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram, Lowering
 from fluidopt.solvers import Certificate, Solution, certify, held
+from fluidopt.solvers.concave import certify_concave, is_linear
 from fluidopt.tables import bullets, html, shorten, text
 
 if TYPE_CHECKING:
@@ -351,7 +352,6 @@ class Plan:
         """d(maximum)/d(lambda_i), shape (I,): every row whose right side an arrival moves, at its shadow price."""
         worth = np.zeros(len(self.model.workload))
         lowering = Lowering(self.model.symbolic, self.model.numbers())
-        lowering.run()
         rates = self.model.workload.arrival_rate
         step = 1e-3 * np.maximum(rates, rates.max(initial=0.0)) + 1e-9
         for sign in (1.0, -1.0):
@@ -526,7 +526,11 @@ class Plan:
                 f"not a saved plan of this model: {values.size} values and {duals.size} duals for "
                 f"{program.shape[1]} columns and {program.shape[0]} rows"
             )
-        plan = cls(model, program, Solution(values, duals, certify(program, values, duals), method, tolerance))
+        if is_linear(model.symbolic):
+            certificate = certify(program, values, duals)
+        else:
+            program, certificate = certify_concave(model.symbolic, model.numbers(), values, duals)
+        plan = cls(model, program, Solution(values, duals, certificate, method, tolerance))
         if not plan.certificate.holds(plan.solution.tolerance):
             raise InvalidInput(f"the saved plan does not solve its model: {plan.certificate}")
         return plan

@@ -7,17 +7,32 @@ import tomllib
 from dataclasses import KW_ONLY
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from fluidopt.contention import GPU
 from fluidopt.errors import InvalidInput
-from fluidopt.inputs import PositiveInt, dump, input_type, parse
+from fluidopt.inputs import Name, PositiveInt, dump, input_type, parse
 from fluidopt.service_levels import ServiceLevel
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
 
 Charging = Literal["bundled", "separate"]
+
+
+@input_type
+class Row:
+    """A row, or a family of rows, of one's own, in the model's symbols."""
+
+    _: KW_ONLY
+    name: Name
+    """Name of the family; new."""
+    row: Annotated[str, Field(min_length=1)]
+    """A linear relation such as ``q_p[i] <= 2*lambda[i]`` or ``sum(x["code", k], k) <= 0.1``."""
+    where: str | None = None
+    """A condition on parameters that selects the members, such as ``theta[i] > 0``."""
+    meaning: str = ""
+    """The row in words, for reports; ``{class}``, ``{mode}``, ``{gpu}`` stand for the labels."""
 
 
 @input_type
@@ -39,6 +54,10 @@ class Scenario:
     """Number of GPUs in the fleet, n; the fluid model itself needs none."""
     service_levels: tuple[ServiceLevel, ...] = ()
     """Promises the plan must keep, or pays for breaking."""
+    rows: tuple[Row, ...] = ()
+    """Rows of one's own."""
+    objective: str | None = None
+    """What to maximise in place of the revenue rate, in the model's symbols."""
     source: str | None = None
     """Where the numbers come from, for reports."""
 

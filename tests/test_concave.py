@@ -1,5 +1,7 @@
 """Concave objectives: optima against closed forms and scipy, certificates that mean something, honest refusals."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from fluidopt.expressions import parse_expression
 from fluidopt.program import lower
 from fluidopt.reference import reference_model
 from fluidopt.solvers import SolverOptions, solve_program
-from fluidopt.solvers.concave import certify_concave, is_linear, solve_concave
+from fluidopt.solvers.concave import certify_concave, is_linear, lower_rows, solve_concave
 
 Z = "sum(mu_d[i, k]*y[i, k], k)"
 REVENUE = f"sum(w[i]*{Z}, i)"
@@ -215,6 +217,21 @@ def test_a_linear_objective_comes_out_as_the_linear_program_has_it(model):
     assert not is_linear(with_objective(model, PROPORTIONAL))
     assert is_linear(with_objective(model, "3 + sum(q_p[i], i)"))
     assert solve_concave(program, model.numbers()).certificate.objective == pytest.approx(297.71619, rel=1e-6)
+
+
+def test_rows_are_lowered_whatever_the_objective(model):
+    rows = lower_rows(with_objective(model, PROPORTIONAL), model.numbers())
+    assert (rows.matrix != model.program().matrix).nnz == 0
+    assert not rows.objective.any()
+
+
+def test_telling_linear_from_concave_does_not_load_cvxpy():
+    code = (
+        "import sys; from fluidopt.reference import reference_model as m\n"
+        "from fluidopt.solvers.concave import is_linear\n"
+        "assert is_linear(m().symbolic); assert 'cvxpy.atoms' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_units_do_not_matter(model):

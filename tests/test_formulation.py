@@ -401,14 +401,14 @@ def test_where_can_leave_out_a_row_without_free_index(reference):
     assert not any(name.startswith("wait") for name in plan.shadow_prices.index)
 
 
-@pytest.mark.parametrize("where", [True, "P[i] < 1000", 3], ids=repr)
+@pytest.mark.parametrize("where", [True, "wait", 3], ids=repr)
 def test_where_must_be_a_condition_in_symbols(reference, where):
     s = reference.symbols
     if where is True:
         reference.subject_to(s.q_p[s.i] <= 0.1, name="wait", where=where)
         assert len([name for name in reference.program().row_names if name.startswith("wait")]) == 2
     else:
-        with pytest.raises(fo.InvalidInput, match="where"):
+        with pytest.raises(fo.InvalidInput, match=r"where|wait"):
             reference.subject_to(s.q_p[s.i] <= 0.1, name="wait", where=where)
 
 
@@ -467,7 +467,7 @@ NOT_LINEAR = [
     pytest.param(lambda s: s.q_p[s.i] < 1, "strict", id="strict"),
     pytest.param(lambda s: sympy.Ne(s.q_p[s.i], 1), "strict or an inequation", id="inequation"),
     pytest.param(lambda s: s.q_p[s.i] - 1, "expected a relation", id="no relation"),
-    pytest.param(lambda _: "q_p <= 1", "expected a relation", id="text"),
+    pytest.param(lambda _: "q_p <= 1", r"found q_p without subscripts; write q_p\[i\]", id="text"),
     pytest.param(lambda _: None, "expected a relation", id="none"),
     pytest.param(lambda s: s.q_p[s.i] - s.q_p[s.i] <= 1, "holds no variable", id="tautology"),
     pytest.param(lambda s: s.q_p[s.i] - s.q_p[s.i] >= 1, "holds no variable", id="contradiction"),
@@ -603,15 +603,20 @@ def test_the_built_in_objective_written_by_hand_changes_nothing(charging):
         (lambda _: 3, "expected an expression in the model's symbols; got 3"),
         (lambda s: s.c_p, "constant c_p changes no decision"),
         (lambda s: s.q_p[s.i], "index i is neither"),
-        (lambda s: s.sum(s.q_p[s.i] ** 2, over=s.i), "not linear"),
         (lambda _: None, "maximize"),
-        (lambda _: "q_p", "maximize"),
+        (lambda _: "q_p", "found q_p without subscripts"),
         (lambda s: s.sum(s.q_p[s.i], over=s.i) <= 1, "maximize|not linear"),
     ],
 )
 def test_an_objective_must_be_linear(reference, objective, message):
     with pytest.raises(fo.InvalidInput, match=message):
         reference.maximize(objective(reference.symbols))
+
+
+def test_an_objective_that_is_not_concave_is_refused(reference):
+    s = reference.symbols
+    with pytest.raises(fo.InvalidInput, match=r"concave|convex"):
+        reference.maximize(s.sum(s.q_p[s.i] ** 2, over=s.i)).solve()
 
 
 def test_text_is_never_evaluated(reference, capsys):

@@ -363,13 +363,23 @@ def test_what_is_no_plan_is_refused(data):
         fo.Plan.from_dict(data)
 
 
-def test_a_model_with_user_rows_has_no_json_form(reference):
+def test_a_model_with_rows_and_an_objective_of_its_own_goes_to_json_and_back(reference):
     s = reference.symbols
-    reference.subject_to(s.q_p[s.i] <= 1, name="wait")
-    with pytest.raises(fo.InvalidInput, match=r"has no JSON form; save model\.scenario"):
-        reference.to_dict()
-    with pytest.raises(fo.InvalidInput, match="has no JSON form"):
-        reference.solve().to_json()
+    reference.subject_to(s.q_p[s.i] <= 1, name="wait", meaning="{class} waits briefly")
+    reference.subject_to('sum(y["decode-heavy", k], k) <= 11', name="few", where="b[k] > 0")
+    reference.maximize("sum(sum(mu_d[i, k]*y[i, k], k), i)")
+    plan = reference.solve()
+    assert fo.FluidModel.from_dict(json.loads(reference.to_json())) == reference
+    again = fo.Plan.from_dict(json.loads(plan.to_json()))
+    assert again.objective == pytest.approx(plan.objective, rel=1e-12)
+    assert again.model.scenario.rows[0].meaning == "{class} waits briefly"
+
+
+def test_a_concave_plan_goes_to_json_and_back(reference):
+    plan = reference.maximize("sum(log(sum(mu_d[i, k]*y[i, k], k)), i)").solve()
+    again = fo.Plan.from_dict(json.loads(plan.to_json()))
+    assert again.objective == pytest.approx(plan.objective, rel=1e-9)
+    assert again.certificate.holds(1e-6)
 
 
 def test_later_changes_to_the_model_do_not_touch_its_plan(reference):

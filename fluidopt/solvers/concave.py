@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import cvxpy
+import lazy_loader
 import numpy as np
 import sympy
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ _TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11, "max_it
 _OPPOSITE = {"concave": "convex", "convex": "concave"}
 
 Indices = NDArray[np.int64]
-cp: Any = cvxpy  # most of its names carry no types
+cp: Any = lazy_loader.load("cvxpy")  # loaded on use: telling linear from concave needs nothing of it
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,21 @@ def is_linear(program: SymbolicProgram) -> bool:
     except InvalidInput:
         return False
     return True
+
+
+def lower_rows(program: SymbolicProgram, numbers: Numbers) -> LinearProgram:
+    """Lower the rows of a program whose objective need not be linear; the objective is 0."""
+    return _lowered(program, numbers)[1]
+
+
+def _lowered(program: SymbolicProgram, numbers: Numbers) -> tuple[Lowering, LinearProgram]:
+    first = program.variables[0]
+    total = first.indexed
+    for index in reversed(first.over):
+        total = index.sum(total)
+    lowering = Lowering(replace(program, objective=total), numbers)
+    lowered = lowering.run()
+    return lowering, replace(lowered, objective=np.zeros(lowered.shape[1]))
 
 
 def solve_concave(program: SymbolicProgram, numbers: Numbers, options: SolverOptions | None = None) -> ConcaveSolution:
@@ -361,15 +376,8 @@ class _Concave:
     """A program with its concave objective taken apart."""
 
     def __init__(self, program: SymbolicProgram, numbers: Numbers) -> None:
-        first = program.variables[0]
-        total = first.indexed
-        for index in reversed(first.over):
-            total = index.sum(total)
-        lowering = Lowering(replace(program, objective=total), numbers)
-        lowered = lowering.run()
-        self.lowering = lowering
-        self.rows = replace(lowered, objective=np.zeros(lowered.shape[1]))
-        self.graph = _Graph(lowering, self.finite_bounds)
+        self.lowering, self.rows = _lowered(program, numbers)
+        self.graph = _Graph(self.lowering, self.finite_bounds)
         self.root = self.graph.part(program.check(program.objective, "maximize"), (), np.zeros(1, dtype=np.int64))
         self.order = _ordered(self.root)
         self.extremes = [part for part in self.order if isinstance(part, _Extreme)]
