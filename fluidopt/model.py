@@ -30,7 +30,8 @@ from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Row, Scenario, read_scenario
 from fluidopt.service_levels import Context, ServiceLevel, extend
 from fluidopt.solvers import Solution, SolverOptions, certify, checked, held, solve_program
-from fluidopt.solvers.concave import is_linear, lower_rows, solve_concave
+from fluidopt.solvers.concave import lower_rows, solve_concave
+from fluidopt.solvers.graph import is_linear
 from fluidopt.solvers.structured import solve_structured, why_not
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 

@@ -14,7 +14,8 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram, Lowering
 from fluidopt.solvers import Certificate, Solution, certify, held
-from fluidopt.solvers.concave import certify_concave, is_linear
+from fluidopt.solvers.concave import certify_concave
+from fluidopt.solvers.graph import is_linear
 from fluidopt.tables import bullets, html, shorten, text
 
 if TYPE_CHECKING:

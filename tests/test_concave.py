@@ -18,7 +18,8 @@ from fluidopt.expressions import parse_expression
 from fluidopt.program import lower
 from fluidopt.reference import reference_model
 from fluidopt.solvers import SolverOptions, solve_program
-from fluidopt.solvers.concave import certify_concave, is_linear, lower_rows, solve_concave
+from fluidopt.solvers.concave import certify_concave, lower_rows, solve_concave
+from fluidopt.solvers.graph import is_linear
 
 Z = "sum(mu_d[i, k]*y[i, k], k)"
 REVENUE = f"sum(w[i]*{Z}, i)"
@@ -228,7 +229,7 @@ def test_rows_are_lowered_whatever_the_objective(model):
 def test_telling_linear_from_concave_does_not_load_cvxpy():
     code = (
         "import sys; from fluidopt.reference import reference_model as m\n"
-        "from fluidopt.solvers.concave import is_linear\n"
+        "from fluidopt.solvers.graph import is_linear\n"
         "assert is_linear(m().symbolic); assert 'cvxpy.atoms' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,6 +1,6 @@
 """Concave objectives over the model's linear rows: fairness utilities, costs that grow faster than linearly.
 
-The objective's template becomes a small graph of vectorised parts (`_Part`): linear ones, combinations of others, one
+The objective's template becomes a small graph of vectorised parts (`Part`): linear ones, combinations of others, one
 curved function each, minima and maxima. From the same graph come the cvxpy expression, whose composition rules (DCP)
 say whether it is concave, its value, and its tangent, which makes the certificate: a linear function that is nowhere
 below a concave objective bounds it by a linear program.
@@ -8,10 +8,9 @@ below a concave objective bounds it by a linear program.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import lazy_loader
@@ -19,13 +18,13 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 from scipy import sparse
-from sympy import Expr, Symbol
 
-from fluidopt.algebra import PlainPrinter, SymbolicProgram, base_of, primed
+from fluidopt.algebra import SymbolicProgram
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
 from fluidopt.solvers import checked, held
 from fluidopt.solvers.certificate import ROUNDING, Certificate, Solution, SolverOptions, certify
+from fluidopt.solvers.graph import Affine, Combination, Curve, Extreme, Graph, Part
 from fluidopt.solvers.scaling import Scaling, scale
 from fluidopt.tables import shorten
 
@@ -38,7 +37,6 @@ RUNS = (False, True, True, True, False, True, True, True)
 NEAREST_TO_ZERO = 1e-14
 # Stands for a bound on a column where the rows imply none.
 BEYOND = 1e100
-_TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11, "max_iter": 500}
 _OPPOSITE = {"concave": "convex", "convex": "concave"}
 
 Indices = NDArray[np.int64]
@@ -58,15 +56,6 @@ class ConcaveSolution(Solution):
 
     program: LinearProgram = None  # type: ignore[assignment]
     """The rows with the gradient of f at ``values`` for objective."""
-
-
-def is_linear(program: SymbolicProgram) -> bool:
-    """Whether the objective is linear in the variables, so that the program is a linear program."""
-    try:
-        program.terms(program.objective)
-    except InvalidInput:
-        return False
-    return True
 
 
 def lower_rows(program: SymbolicProgram, numbers: Numbers) -> LinearProgram:
@@ -118,247 +107,6 @@ def certify_concave(
     return problem.certify(values, duals, problem.weights_anew() if problem.extremes else {})
 
 
-# ---- the graph of an objective ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A part of the objective, for the chosen members of a grid: a vector of N values."""
-
-    source: Expr
-    """What it is in the model's symbols."""
-    axes: tuple[Symbol, ...]
-    members: Indices
-    """Shape (N,): places of the members on the grid over ``axes``, flattened."""
-
-    @property
-    def children(self) -> Sequence[_Part]:
-        """The parts it is made of."""
-        return ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Affine(_Part):
-    """``matrix @ x + constant``."""
-
-    matrix: sparse.csr_array
-    constant: Array
-
-
-@dataclass(frozen=True, eq=False)
-class _Combination(_Part):
-    """The sum of ``matrix @ part``."""
-
-    terms: tuple[tuple[sparse.csr_array, _Part], ...]
-
-    @property
-    def children(self) -> Sequence[_Part]:
-        return [part for _, part in self.terms]
-
-
-@dataclass(frozen=True, eq=False)
-class _Curve(_Part):
-    """One function of one part: exp, log, or a power (``exponent``)."""
-
-    argument: _Part
-    exponent: float | None = None
-
-    @property
-    def children(self) -> Sequence[_Part]:
-        return [self.argument]
-
-    @cached_property
-    def functions(self) -> tuple[Callable[[Any], Any], ...]:
-        """The function, its derivative and its second derivative, on arrays."""
-        kind: Any = type(self.source) if self.exponent is None else self.exponent
-        return _compiled(kind)
-
-    @property
-    def positive(self) -> bool:
-        """Whether the argument must not be negative: logarithms and powers that are not whole or below 0."""
-        if self.exponent is None:
-            return isinstance(self.source, sympy.log)
-        return self.exponent < 0 or self.exponent != int(self.exponent)
-
-    @property
-    def strictly_positive(self) -> bool:
-        """Whether there is no value at 0 either."""
-        return isinstance(self.source, sympy.log) or (self.exponent is not None and self.exponent < 0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Extreme(_Part):
-    """The largest or the least of several parts."""
-
-    parts: tuple[_Part, ...]
-    largest: bool
-
-    @property
-    def children(self) -> Sequence[_Part]:
-        return self.parts
-
-
-@lru_cache(maxsize=256)
-def _compiled(kind: Any) -> tuple[Callable[[Any], Any], ...]:
-    """A function of one variable and its derivatives, by sympy; ``kind`` is exp, log or an exponent."""
-    u = Symbol("u", real=True)
-    function = u ** (int(kind) if kind == int(kind) else sympy.Float(kind)) if isinstance(kind, float) else kind(u)
-    return tuple(sympy.lambdify([u], function.diff(u, order), "numpy") for order in range(3))
-
-
-class _Graph:
-    """Takes an objective apart, with the numbers of a model."""
-
-    def __init__(self, lowering: Lowering, bounds: Array) -> None:
-        self.lowering = lowering
-        self.bounds = bounds
-        self.program = lowering.program
-        self.show = PlainPrinter(lowering.program).doprint
-        self.columns = bounds.size
-
-    def refusal(self, reason: str) -> InvalidInput:
-        return InvalidInput(f"maximize: the objective is not concave, or not seen to be: {reason}")
-
-    def uses(self, expression: Expr) -> bool:
-        """Whether a variable stands in it."""
-        return any(base_of(each) in self.program.bases for each in expression.atoms(sympy.Indexed, Symbol))
-
-    def size(self, axes: tuple[Symbol, ...]) -> tuple[int, ...]:
-        return tuple(self.lowering.size(self.lowering.index_of(symbol)) for symbol in axes)
-
-    def numbers(self, expression: Expr, axes: tuple[Symbol, ...], members: Indices) -> Array:
-        """Values of an expression in parameters."""
-        with np.errstate(all="ignore"):
-            grid = np.broadcast_to(self.lowering.evaluate(expression, axes), self.size(axes))
-        values: Array = np.asarray(grid, dtype=float).ravel()[members]
-        if not np.isfinite(values).all():
-            raise InvalidInput(f"maximize: {self.show(expression)} in the objective is not a finite number everywhere")
-        return values
-
-    def part(self, expression: Expr, axes: tuple[Symbol, ...], members: Indices) -> _Part:
-        """The graph of an expression."""
-        try:
-            self.program.terms(expression)
-        except InvalidInput:
-            pass
-        else:
-            return self.affine(expression, axes, members)
-        place = (expression, axes, members)
-        match expression:
-            case sympy.Add(args=terms):
-                return self.sum(expression, terms, axes, members)
-            case sympy.Mul(args=factors):
-                return self.product(expression, factors, axes, members)
-            case sympy.Sum(function=function, limits=limits):
-                inner = axes
-                for symbol, *_ in limits:
-                    fresh = primed(symbol, inner)
-                    function, inner = function.xreplace({symbol: fresh}), (*inner, fresh)
-                count = int(np.prod(self.size(inner[len(axes) :])))
-                group = sparse.kron(sparse.eye_array(members.size), np.ones((1, count)), format="csr")
-                below = (members[:, None] * count + np.arange(count)).ravel()
-                return _Combination(*place, ((group, self.part(function, inner, below)),))
-            case sympy.Pow(args=(base, exponent)):
-                return self.power(expression, base, exponent, axes, members)
-            case sympy.exp(args=(argument,)) | sympy.log(args=(argument,)):
-                return _Curve(*place, self.part(argument, axes, members))
-            case sympy.Max(args=arguments) | sympy.Min(args=arguments):
-                parts = tuple(self.part(each, axes, members) for each in arguments)
-                return _Extreme(*place, parts, isinstance(expression, sympy.Max))
-            case sympy.Abs(args=(argument,)):
-                parts = tuple(self.part(each, axes, members) for each in (argument, -argument))
-                return _Extreme(*place, parts, largest=True)
-        raise self.refusal(
-            f"{self.show(expression)} is not one of the functions understood here: sums, powers with a number as "
-            "exponent, exp, log, min, max, abs"
-        )
-
-    def affine(self, expression: Expr, axes: tuple[Symbol, ...], members: Indices) -> _Affine:
-        row_of = np.full(int(np.prod(self.size(axes))), -1)
-        row_of[members] = np.arange(members.size)
-        constant = np.zeros(members.size)
-        entries: list[tuple[Indices, Indices, Array]] = []
-        for term in self.program.terms(expression):
-            inner = axes + term.bound
-            shape = self.size(inner)
-            with np.errstate(all="ignore"):
-                value = np.broadcast_to(self.lowering.evaluate(term.coefficient, inner), shape).astype(float)
-            row = np.broadcast_to(row_of.reshape(self.size(axes) + (1,) * len(term.bound)), shape)
-            if term.variable is None:
-                used = row >= 0
-                constant += np.bincount(row[used], weights=value[used], minlength=members.size)
-                continue
-            column = np.broadcast_to(self.lowering.column(term.variable, inner), shape)
-            used = (row >= 0) & (value != 0)
-            self.lowering.refuse_undetermined("the objective", term.variable, inner, used & (column < 0))
-            used &= column >= 0
-            entries.append((row[used], column[used], value[used]))
-        shape = (members.size, self.columns)
-        if not entries:
-            return _Affine(expression, axes, members, sparse.csr_array(shape), constant)
-        rows, columns, values = (np.concatenate(each) for each in zip(*entries, strict=True))
-        if not (np.isfinite(values).all() and np.isfinite(constant).all()):
-            raise InvalidInput(f"maximize: a coefficient in {self.show(expression)} is not a finite number everywhere")
-        matrix = sparse.coo_array((values, (rows, columns)), shape=shape).tocsr()
-        return _Affine(expression, axes, members, matrix, constant)
-
-    def sum(self, expression: Expr, terms: Sequence[Expr], axes: tuple[Symbol, ...], members: Indices) -> _Part:
-        linear = [term for term in terms if is_linear(replace(self.program, objective=term))]
-        curved = [term for term in terms if term not in linear]
-        parts = [self.part(term, axes, members) for term in curved]
-        parts += [self.affine(sympy.Add(*linear), axes, members)] if linear else []
-        same = sparse.eye_array(members.size, format="csr")
-        return _Combination(expression, axes, members, tuple((same, part) for part in parts))
-
-    def place(self, part: _Part, at: int) -> str:
-        """`` for class 'code'``: the member at a place of a part."""
-        sets = [self.lowering.index_of(symbol) for symbol in part.axes]
-        places = np.unravel_index(int(part.members[at]), self.size(part.axes)) if sets else ()
-        labels = [
-            f"{index.name} {self.lowering.numbers.labels[index.name][int(each)]!r}"
-            for index, each in zip(sets, places, strict=True)
-        ]
-        return f" for {', '.join(labels)}" if labels else ""
-
-    def product(self, expression: Expr, factors: Sequence[Expr], axes: tuple[Symbol, ...], members: Indices) -> _Part:
-        curved = [factor for factor in factors if self.uses(factor)]
-        if len(curved) > 1:
-            raise self.refusal(
-                f"{self.show(sympy.Mul(*curved))} multiplies or divides variables by each other, which the composition "
-                "rules cannot place (the log of a product is a sum of logs; a ratio x/(1 + x) is 1 - 1/(1 + x))"
-            )
-        weight = self.numbers(sympy.Mul(*(factor for factor in factors if factor is not curved[0])), axes, members)
-        # Members without weight are left out, so that 0*log(0) is 0.
-        kept = np.flatnonzero(weight)
-        matrix = sparse.csr_array((weight[kept], (kept, np.arange(kept.size))), shape=(members.size, kept.size))
-        return _Combination(expression, axes, members, ((matrix, self.part(curved[0], axes, members[kept])),))
-
-    def power(self, expression: Expr, base: Expr, exponent: Expr, axes: tuple[Symbol, ...], members: Indices) -> _Part:
-        if self.uses(exponent):
-            raise self.refusal(f"{self.show(expression)} has a variable in its exponent; only exp(...) may")
-        values = np.unique(self.numbers(exponent, axes, members))
-        if values.size > 1:
-            raise self.refusal(f"the exponent in {self.show(expression)} differs between members; use one number")
-        number = float(values[0]) if values.size else 1.0
-        if number in (0.0, 1.0):
-            return self.part(base if number else sympy.S.One, axes, members)
-        inner = self.part(base, axes, members)
-        if 0 < number < 1 and isinstance(inner, _Affine):
-            # Roots of what is 0 in every plan are 0; their slope there, which is infinite, means nothing.
-            with np.errstate(invalid="ignore"):
-                used = np.flatnonzero(inner.constant + inner.matrix.maximum(0) @ self.bounds > 0)
-            if 0 < used.size < members.size:
-                matrix = sparse.csr_array(
-                    (np.ones(used.size), (used, np.arange(used.size))), shape=(members.size, used.size)
-                )
-                rest = self.power(expression, base, exponent, axes, members[used])
-                return _Combination(expression, axes, members, ((matrix, rest),))
-        return _Curve(expression, axes, members, inner, number)
-
-
-# ---- what is read off the graph ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Tangent:
     """``gradient @ x + constant``, and how large what it is made of is."""
@@ -377,10 +125,10 @@ class _Concave:
 
     def __init__(self, program: SymbolicProgram, numbers: Numbers) -> None:
         self.lowering, self.rows = _lowered(program, numbers)
-        self.graph = _Graph(self.lowering, self.finite_bounds)
+        self.graph = Graph(self.lowering, self.finite_bounds)
         self.root = self.graph.part(program.check(program.objective, "maximize"), (), np.zeros(1, dtype=np.int64))
         self.order = _ordered(self.root)
-        self.extremes = [part for part in self.order if isinstance(part, _Extreme)]
+        self.extremes = [part for part in self.order if isinstance(part, Extreme)]
         self.require_domains()
         self.require_concave()
 
@@ -390,7 +138,7 @@ class _Concave:
         return _Expressions(self.order, cp.Variable(self.rows.shape[1], nonneg=True), {}, None)
 
     @cached_property
-    def curvatures(self) -> dict[_Part, str]:
+    def curvatures(self) -> dict[Part, str]:
         """Concave, convex, linear or unknown, by cvxpy's composition rules."""
         kinds = {"CONSTANT": "linear", "AFFINE": "linear", "CONCAVE": "concave", "CONVEX": "convex"}
         return {part: kinds.get(self.plain.of[part].curvature, "unknown") for part in self.order}
@@ -398,12 +146,12 @@ class _Concave:
     def require_domains(self) -> None:
         """cvxpy takes odd and negative whole powers for functions of positive numbers only; so they must be."""
         for part in self.order:
-            if not isinstance(part, _Curve) or part.exponent is None or part.exponent != int(part.exponent):
+            if not isinstance(part, Curve) or part.exponent is None or part.exponent != int(part.exponent):
                 continue
             if part.exponent > 0 and part.exponent % 2 == 0:
                 continue
             inner = part.argument
-            if isinstance(inner, _Affine):
+            if isinstance(inner, Affine):
                 with np.errstate(invalid="ignore"):
                     least = inner.constant + inner.matrix.minimum(0) @ self.finite_bounds
                 sure = bool(np.all(least >= 0))
@@ -424,10 +172,10 @@ class _Concave:
         if self.curvatures[self.root] not in ("concave", "linear"):
             raise self.graph.refusal(self.reason(self.root, "concave"))
 
-    def reason(self, part: _Part, needed: str) -> str:
+    def reason(self, part: Part, needed: str) -> str:
         """The innermost part that is not ``needed`` (concave or convex) where it should be, and why."""
         show, curvature = self.graph.show, self.curvatures[part]
-        if isinstance(part, _Combination):
+        if isinstance(part, Combination):
             for matrix, inner in part.terms:
                 sign = _sign(matrix)
                 if self.curvatures[inner] != "linear" and sign == 0:
@@ -449,20 +197,20 @@ class _Concave:
 
     # -- values and tangents
 
-    def values(self, x: Array) -> dict[_Part, Array]:
+    def values(self, x: Array) -> dict[Part, Array]:
         """The value of every part at a point."""
-        found: dict[_Part, Array] = {}
+        found: dict[Part, Array] = {}
         with np.errstate(all="ignore"):
             for part in self.order:
                 match part:
-                    case _Affine():
+                    case Affine():
                         found[part] = part.matrix @ x + part.constant
-                    case _Combination():
+                    case Combination():
                         found[part] = sum((matrix @ found[inner] for matrix, inner in part.terms), np.zeros(1))
-                    case _Curve():
+                    case Curve():
                         inside = found[part.argument]
                         found[part] = part.functions[0](np.maximum(inside, 0.0) if part.positive else inside)
-                    case _Extreme():
+                    case Extreme():
                         stacked = np.stack([found[inner] for inner in part.parts])
                         found[part] = stacked.max(axis=0) if part.largest else stacked.min(axis=0)
         return found
@@ -471,7 +219,7 @@ class _Concave:
         """f at a point; -inf or NaN outside its domain."""
         return float(self.values(x)[self.root][0])
 
-    def tangent(self, x: Array, weights: Mapping[_Part, Array]) -> _Tangent:
+    def tangent(self, x: Array, weights: Mapping[Part, Array]) -> _Tangent:
         """A linear function that is nowhere below f, and equal to it at ``x`` up to rounding.
 
         Minima and maxima give way to the average of their parts with ``weights``, shape (parts, N), which is nowhere
@@ -487,20 +235,20 @@ class _Concave:
             for part in reversed(self.order):
                 price = slope[part]
                 match part:
-                    case _Affine():
+                    case Affine():
                         gradient += part.matrix.T @ price
                         constant += float(price @ part.constant)
-                    case _Combination():
+                    case Combination():
                         for matrix, inner in part.terms:
                             slope[inner] = slope[inner] + matrix.T @ price
-                    case _Curve():
+                    case Curve():
                         inner, (function, rise, bend) = part.argument, part.functions
                         at = _positive(part, found[inner])
                         rises = np.broadcast_to(rise(at), at.shape)
                         slope[inner] = slope[inner] + price * rises
                         constant += float(price @ (function(at) - rises * at))
                         size = np.abs(at)
-                        if isinstance(inner, _Affine) and not part.positive:
+                        if isinstance(inner, Affine) and not part.positive:
                             size = abs(inner.matrix) @ reach + np.abs(inner.constant)
                         if isinstance(part.source, sympy.exp):
                             bends, size = bend(at), np.minimum(size, 1.0)
@@ -508,26 +256,26 @@ class _Concave:
                             bends = bend(size)
                         bends = np.abs(price * bends)
                         terms += float(bends @ size**2)
-                        if isinstance(inner, _Affine):
+                        if isinstance(inner, Affine):
                             terms_of_gradient += abs(inner.matrix).T @ (bends * size)
-                    case _Extreme():
+                    case Extreme():
                         share = weights.get(part)
                         share = self.attained(part, found) if share is None else share
                         for inner, each in zip(part.parts, share, strict=True):
                             slope[inner] = slope[inner] + price * each
-                            if isinstance(inner, _Affine):
+                            if isinstance(inner, Affine):
                                 terms_of_gradient += abs(inner.matrix).T @ np.abs(price)
                                 terms += float(np.abs(price) @ (abs(inner.matrix) @ reach))
         return _Tangent(gradient, constant, terms_of_gradient, terms)
 
-    def attained(self, part: _Extreme, found: Mapping[_Part, Array]) -> Array:
+    def attained(self, part: Extreme, found: Mapping[Part, Array]) -> Array:
         stacked = np.stack([found[inner] for inner in part.parts])
         which = stacked.argmax(axis=0) if part.largest else stacked.argmin(axis=0)
         share = np.zeros(stacked.shape)
         share[which, np.arange(which.size)] = 1.0
         return share
 
-    def certify(self, x: Array, duals: Array, weights: Mapping[_Part, Array]) -> tuple[LinearProgram, Certificate]:
+    def certify(self, x: Array, duals: Array, weights: Mapping[Part, Array]) -> tuple[LinearProgram, Certificate]:
         """The tangent's linear program, and the certificate in the unit of f (see `ConcaveSolution`)."""
         tangent = self.tangent(x, weights)
         program = replace(self.rows, objective=tangent.gradient)
@@ -556,10 +304,10 @@ class _Concave:
         """Largest negative argument of a logarithm or root, over the terms it is made of."""
         found, worst = self.values(x), 0.0
         for part in self.order:
-            if isinstance(part, _Curve) and part.positive:
+            if isinstance(part, Curve) and part.positive:
                 inside = found[part.argument]
                 terms = np.full(inside.shape, np.abs(inside).max(initial=0.0))
-                if isinstance(part.argument, _Affine):
+                if isinstance(part.argument, Affine):
                     terms = abs(part.argument.matrix) @ np.abs(x) + np.abs(part.argument.constant)
                 worst = max(worst, _relative(-inside, terms))
         return worst
@@ -612,7 +360,7 @@ class _Concave:
             pass
         return False
 
-    def duals_of_tangent(self, x: Array, weights: Mapping[_Part, Array], options: SolverOptions) -> Array | None:
+    def duals_of_tangent(self, x: Array, weights: Mapping[Part, Array], options: SolverOptions) -> Array | None:
         """Duals of the tangent's linear program: sharper than an interior point's where these are too rough."""
         from fluidopt.solvers.highs import solve
 
@@ -624,7 +372,7 @@ class _Concave:
         except (InfeasibleModel, SolverFailure):
             return None
 
-    def weights_anew(self) -> Mapping[_Part, Array]:
+    def weights_anew(self) -> Mapping[Part, Array]:
         """Weights of the parts of minima and maxima at the optimum."""
         scaled, scaling = scale(self.rows)
         near = self.start(SolverOptions())
@@ -652,7 +400,7 @@ class _Concave:
         curves = [
             (part, part.argument)
             for part in self.order
-            if isinstance(part, _Curve) and part.positive and isinstance(part.argument, _Affine) and part.members.size
+            if isinstance(part, Curve) and part.positive and isinstance(part.argument, Affine) and part.members.size
         ]
         if not curves:
             return point
@@ -698,7 +446,7 @@ class _Concave:
         """Coefficients of a linear objective, at most about 1, that keeps the arguments of exponentials small."""
         calm = np.zeros(self.rows.shape[1])
         for part in self.order:
-            if isinstance(part, _Curve) and isinstance(part.source, sympy.exp) and isinstance(part.argument, _Affine):
+            if isinstance(part, Curve) and isinstance(part.source, sympy.exp) and isinstance(part.argument, Affine):
                 inner = part.argument
                 size = float(
                     abs(inner.matrix).sum(axis=0) @ np.where(self.finite_bounds < BEYOND, self.finite_bounds, 1.0)
@@ -706,13 +454,13 @@ class _Concave:
                 calm -= inner.matrix.sum(axis=0) / (size if size > 0 else 1.0)
         return calm
 
-    def most(self, part: _Affine) -> Array:
+    def most(self, part: Affine) -> Array:
         """An upper bound on each value that the rows imply, shape (N,)."""
         with np.errstate(invalid="ignore"):
             most: Array = part.constant + part.matrix.maximum(0) @ self.finite_bounds
         return most
 
-    def undefined(self, part: _Curve, at: int) -> InvalidInput:
+    def undefined(self, part: Curve, at: int) -> InvalidInput:
         show, place = self.graph.show, self.graph.place(part, at)
         return InvalidInput(
             f"maximize: the objective has no finite value, because {show(part.argument.source)} is not above 0 in any "
@@ -728,43 +476,31 @@ class _Concave:
         options: SolverOptions,
         *,
         sharpen: bool = False,
-    ) -> tuple[Array, Array, dict[_Part, Array]]:
+    ) -> tuple[Array, Array, dict[Part, Array]]:
         """One run of Clarabel with arguments and objective in units of their size at ``near``.
 
         With ``sharpen``, curves are replaced by their quadratic models there.
         """
+        from fluidopt.solvers.convex import Rows, run
+
         found = self.values(near)
         tangent = self.tangent(near, {})
         # Columns that happen to be 0 at that point count as the rows would have them.
         usual = np.maximum(near, np.minimum(scaling.columns * scaling.amount, self.rows.column_bounds))
         size = float(np.abs(tangent.gradient) @ usual) + tangent.terms
         money = size if np.isfinite(size) and size > 0 else 1.0
-        units = {part: _unit(part, found[part.argument], near) for part in self.order if isinstance(part, _Curve)}
+        units = {part: _unit(part, found[part.argument], near) for part in self.order if isinstance(part, Curve)}
         x = cp.Variable(scaled.shape[1], nonneg=True)
-        constraints, kinds = _rows(scaled, x)
+        rows = Rows(scaled, x)
         own = cp.multiply(scaling.columns * scaling.amount, x)
         with np.errstate(all="ignore"):
             built = _Expressions(self.order, own, units, [], {part: found[part.argument] for part in units if sharpen})
-            problem = cp.Problem(cp.Maximize(cp.sum(built.of[self.root]) / money), [*constraints, *built.constraints])
-        limits = {"time_limit": options.time_limit} if np.isfinite(options.time_limit) else {}
-        try:
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                # Whether the answer is accurate is for the certificate to say.
-                warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-                problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)
-        except cp.SolverError as error:
-            raise SolverFailure(f"cvxpy (Clarabel) failed: {error}") from None
-        if problem.status in {cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE}:
-            raise InfeasibleModel("no point satisfies all rows and keeps the objective's logarithms and roots defined")
-        if problem.status in {cp.UNBOUNDED, cp.UNBOUNDED_INACCURATE}:
-            raise InfeasibleModel("the objective has no finite maximum", kind="unbounded")
-        if x.value is None:
-            raise SolverFailure(f"cvxpy (Clarabel) stopped with {problem.status!r}")
-        duals = np.zeros(scaled.shape[0])
-        for (rows, sign), constraint in zip(kinds, constraints, strict=True):
-            duals[rows] += sign * np.atleast_1d(constraint.dual_value)
+            problem = cp.Problem(
+                cp.Maximize(cp.sum(built.of[self.root]) / money), [*rows.constraints, *built.constraints]
+            )
+        run(problem, x, options)
         values = scaling.values(np.maximum(x.value, 0.0))
-        return values, scaling.duals(duals) / scaling.amount * money, built.weights()
+        return values, scaling.duals(rows.duals()) / scaling.amount * money, built.weights()
 
 
 class _Expressions:
@@ -773,33 +509,33 @@ class _Expressions:
     Args:
         order: the parts, inner ones first.
         x: the columns.
-        units: for a `_Curve`, the size of its argument (what is subtracted from it, for exp), shape (N,).
+        units: for a `Curve`, the size of its argument (what is subtracted from it, for exp), shape (N,).
         constraints: None for minima and maxima as cvxpy has them; a list to which the rows that define them are
             added, whose duals then are the weights of their parts.
-        around: for each `_Curve` that is replaced by its quadratic model, its argument there, shape (N,).
+        around: for each `Curve` that is replaced by its quadratic model, its argument there, shape (N,).
     """
 
     def __init__(
         self,
-        order: Sequence[_Part],
+        order: Sequence[Part],
         x: Any,
-        units: Mapping[_Curve, Array],
+        units: Mapping[Curve, Array],
         constraints: list[Any] | None,
-        around: Mapping[_Curve, Array] | None = None,
+        around: Mapping[Curve, Array] | None = None,
     ) -> None:
         self.around = around or {}
-        self.of: dict[_Part, Any] = {}
+        self.of: dict[Part, Any] = {}
         self.constraints: list[Any] = [] if constraints is None else constraints
-        self.limits: dict[_Part, list[Any]] = {}
+        self.limits: dict[Part, list[Any]] = {}
         for part in order:
             match part:
-                case _Affine():
+                case Affine():
                     self.of[part] = part.matrix @ x + part.constant
-                case _Combination():
+                case Combination():
                     self.of[part] = sum(matrix @ self.of[inner] for matrix, inner in part.terms)
-                case _Curve():
+                case Curve():
                     self.of[part] = self.curve(part, units.get(part))
-                case _Extreme():
+                case Extreme():
                     inner = [self.of[each] for each in part.parts]
                     if constraints is None:
                         self.of[part] = (cp.maximum if part.largest else cp.minimum)(*inner)
@@ -809,7 +545,7 @@ class _Expressions:
                     self.constraints += self.limits[part]
                     self.of[part] = level
 
-    def curve(self, part: _Curve, unit: Array | None) -> Any:
+    def curve(self, part: Curve, unit: Array | None) -> Any:
         inner = self.of[part.argument]
         if part in self.around:
             return self.model(part, inner, self.around[part])
@@ -822,7 +558,7 @@ class _Expressions:
             return cp.power(inner, exponent, approx=False)
         return cp.multiply(unit**exponent, cp.power(cp.multiply(1 / unit, inner), exponent, approx=False))
 
-    def model(self, part: _Curve, inner: Any, at: Array) -> Any:
+    def model(self, part: Curve, inner: Any, at: Array) -> Any:
         """Value, slope and, where the argument is linear, curvature at a point."""
         at = _positive(part, at)
         value, slope, bend = (np.broadcast_to(function(at), at.shape) for function in part.functions)
@@ -831,7 +567,7 @@ class _Expressions:
         model = value + cp.multiply(slope * unit, step)
         return model + cp.multiply(bend / 2 * unit**2, cp.square(step)) if inner.is_affine() else model
 
-    def weights(self) -> dict[_Part, Array]:
+    def weights(self) -> dict[Part, Array]:
         """Weights of the parts of minima and maxima, shape (parts, N), from the duals of the rows that define them."""
         found = {}
         for part, limits in self.limits.items():
@@ -842,42 +578,25 @@ class _Expressions:
         return found
 
 
-def _rows(program: LinearProgram, x: Any) -> tuple[list[Any], list[tuple[NDArray[np.bool_], int]]]:
-    """The rows as cvxpy constraints, and for each constraint its rows and the sign of their duals."""
-    equal = program.row_lower == program.row_upper
-    matrix = program.matrix.tocsr()
-    constraints, kinds = [], []
-    for rows, sign, side in (
-        (equal, 1, program.row_upper),
-        (~equal & np.isfinite(program.row_upper), 1, program.row_upper),
-        (~equal & np.isfinite(program.row_lower), -1, program.row_lower),
-    ):
-        if rows.any():
-            left, right = sign * (matrix[rows] @ x), sign * side[rows]
-            constraints.append(left == right if rows is equal else left <= right)
-            kinds.append((rows, sign))
-    return constraints, kinds
-
-
-def _unit(part: _Curve, inside: Array, near: Array) -> Array:
+def _unit(part: Curve, inside: Array, near: Array) -> Array:
     """The size of a curve's argument at a point, where there is one."""
     if isinstance(part.source, sympy.exp):
         return np.clip(np.nan_to_num(inside), -500, 500)
     size = np.abs(inside)
-    if isinstance(part.argument, _Affine):
+    if isinstance(part.argument, Affine):
         terms = abs(part.argument.matrix) @ np.abs(near) + np.abs(part.argument.constant)
         size = np.maximum(size, 1e-6 * terms)
     return np.where(np.isfinite(size) & (size > 0), size, 1.0)
 
 
-def _positive(part: _Curve, at: Array) -> Array:
+def _positive(part: Curve, at: Array) -> Array:
     """Arguments at which the curve has a slope."""
     return np.maximum(at, NEAREST_TO_ZERO * max(float(at.max(initial=0.0)), 1e-250)) if part.positive else at
 
 
-def _ordered(root: _Part) -> list[_Part]:
+def _ordered(root: Part) -> list[Part]:
     """All parts, inner ones first."""
-    found: list[_Part] = []
+    found: list[Part] = []
     for child in root.children:
         found += _ordered(child)
     return [*found, root]

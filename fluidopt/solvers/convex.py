@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidopt.errors import InfeasibleModel, SolverFailure
-from fluidopt.program import LinearProgram
+from fluidopt.program import Array, LinearProgram
 from fluidopt.solvers.certificate import Solution, SolverOptions, certify
 from fluidopt.solvers.scaling import scale
 
@@ -23,29 +25,52 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         SolverFailure: on a limit or numerical trouble.
     """
     scaled, scaling = scale(program)
-    equal = scaled.row_lower == scaled.row_upper
-    kinds = [
-        (rows, sign, side)
-        for rows, sign, side in (
-            (equal, 1, scaled.row_upper),
-            (~equal & np.isfinite(scaled.row_upper), 1, scaled.row_upper),
-            (~equal & np.isfinite(scaled.row_lower), -1, scaled.row_lower),
-        )
-        if rows.any()
-    ]
-    matrix = scaled.matrix.tocsr()
     x = cp.Variable(program.shape[1], nonneg=True)
-    constraints: list[cp.Constraint] = []
-    for rows, sign, side in kinds:
-        left, right = sign * (matrix[rows] @ x), sign * side[rows]
-        constraints.append(left == right if rows is equal else left <= right)
-    problem = cp.Problem(cp.Maximize(scaled.objective @ x), constraints)
+    rows = Rows(scaled, x)
+    found = run(cp.Problem(cp.Maximize(scaled.objective @ x), rows.constraints), x, options)
+    values, duals = scaling.values(np.maximum(found, 0.0)), scaling.duals(rows.duals())
+    return Solution(values, duals, certify(program, values, duals), "cvxpy Clarabel")
+
+
+class Rows:
+    """The rows of a program as cvxpy constraints on ``x``, and their duals once solved."""
+
+    def __init__(self, program: LinearProgram, x: Any) -> None:
+        equal = program.row_lower == program.row_upper
+        matrix = program.matrix.tocsr()
+        self._count = program.shape[0]
+        self._kinds: list[tuple[NDArray[np.bool_], int]] = []
+        self.constraints: list[Any] = []
+        for rows, sign, side in (
+            (equal, 1, program.row_upper),
+            (~equal & np.isfinite(program.row_upper), 1, program.row_upper),
+            (~equal & np.isfinite(program.row_lower), -1, program.row_lower),
+        ):
+            if rows.any():
+                left, right = sign * (matrix[rows] @ x), sign * side[rows]
+                self.constraints.append(left == right if rows is equal else left <= right)
+                self._kinds.append((rows, sign))
+
+    def duals(self) -> Array:
+        """d(maximum)/d(right side) of every row, shape (rows,)."""
+        duals = np.zeros(self._count)
+        for (rows, sign), constraint in zip(self._kinds, self.constraints, strict=True):
+            duals[rows] += sign * np.atleast_1d(constraint.dual_value)
+        return duals
+
+
+def run(problem: Any, x: Any, options: SolverOptions) -> Array:
+    """Solve a cvxpy problem in ``x`` with Clarabel, tightly; a certificate has to say whether the answer is accurate.
+
+    Raises:
+        InfeasibleModel: where Clarabel proves that there is no (finite) optimum.
+        SolverFailure: on a limit or numerical trouble.
+    """
     limits = {"time_limit": options.time_limit} if np.isfinite(options.time_limit) else {}
     try:
-        with warnings.catch_warnings():
-            # Whether the answer is accurate is for the certificate to say.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-            problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)  # type: ignore[no-untyped-call]
+            problem.solve(solver=cp.CLARABEL, **_TIGHT, **limits)
     except cp.SolverError as error:
         raise SolverFailure(f"cvxpy (Clarabel) failed: {error}") from None
     if problem.status in {cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE}:
@@ -54,8 +79,4 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
         raise InfeasibleModel("the objective has no finite maximum", kind="unbounded")
     if x.value is None:
         raise SolverFailure(f"cvxpy (Clarabel) stopped with {problem.status!r}")
-    duals = np.zeros(program.shape[0])
-    for (rows, sign, _), constraint in zip(kinds, constraints, strict=True):
-        duals[rows] += sign * np.atleast_1d(constraint.dual_value)
-    values, duals = scaling.values(np.maximum(x.value, 0.0)), scaling.duals(duals)
-    return Solution(values, duals, certify(program, values, duals), "cvxpy Clarabel")
+    return np.asarray(x.value)
