@@ -295,10 +295,13 @@ def plain_simulate(system: System, *, horizon: float, warmup: float, rng: np.ran
     """One replication from the empty fleet by the direct method; prefills go to a uniformly chosen idle GPU.
 
     Raises:
-        ValueError: the system asks for another placement.
+        ValueError: the system asks for another placement or another policy.
     """
     if system.placement != 0:
         raise ValueError(f"plain_simulate places prefills uniformly. Got placement {system.placement!r} instead.")
+    ruled = system.gate_fcfs or system.gate_first or system.role_stays.any() or np.isfinite(system.gate_hold).any()
+    if ruled or system.sides > 1:
+        raise ValueError("plain_simulate knows gate-and-route and prioritize-and-route only")
     events, count, queue_time, prefill_time, decode_time = _run(
         system.arrival_rate,
         system.abandonment_rate,

@@ -1,3 +1,4 @@
+from .chain import ChainResult, exact_chain
 from .contention import GPU, ContentionCurve, IterationTime, Mode
 from .data import azure_2023
 from .errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "GPU",
     "AbandonmentShare",
     "Certificate",
+    "ChainResult",
     "Classification",
     "CompletionFloor",
     "ContentionCurve",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "azure_2023",
     "classify",
+    "exact_chain",
     "plot_plan",
     "plot_result",
     "plot_summary",

@@ -481,10 +481,11 @@ class Plan:
 
         Args:
             gpus: n, at least 1 (default: the scenario's own number).
-            kind: ``"gate-and-route"`` or ``"prioritize-and-route"``; by default the one that belongs to the charging
-                scheme.
-            prefill_gpus: how many GPUs may prefill, in place of the plan's share rounded up (one GPU type only). In a
-                small fleet one more or one fewer can earn more.
+            kind: ``"gate-and-route"`` (also ``"GG-SP"``), ``"prioritize-and-route"``, ``"sli-aware"``,
+                ``"sli-aware-general"``, or a baseline of [L26] section 6.3: ``"FI-WSP"``, ``"GI-WSP"``, ``"GF-WSP"``,
+                ``"FG-SP"``. By default the one that belongs to the charging scheme.
+            prefill_gpus: how many GPUs may prefill, in place of the plan's share rounded up (one GPU type, and a kind
+                that partitions the fleet). In a small fleet one more or one fewer can earn more.
 
         Raises:
             InvalidInput: an unknown kind, or fewer GPUs than the plan needs roles.

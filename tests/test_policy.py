@@ -227,6 +227,11 @@ def test_targets_are_the_plan(model):
     roles = [role.name for role in policy.roles]
     assert list(targets.role_prefill) == roles
     assert list(targets.role_decode) == roles
+    for role in policy.roles:
+        by_class = targets.decode_by_role[role.name]
+        mode = plan.model.labels["mode"].index(role.name)
+        assert by_class == pytest.approx(np.nan_to_num(plan.decode[:, mode]), abs=2e-9)
+        assert sum(by_class) == pytest.approx(targets.role_decode[role.name], abs=1e-6)
 
 
 def test_the_rules_of_the_reference_contain_its_numbers(reference_plan):
@@ -307,8 +312,10 @@ def damaged(policy, *path, value):
         (("targets", "decode_queue"), [], r"targets.decode_queue must have one entry per class \(2\)"),
         (("targets", "role_prefill"), {"mixed": 0.2}, "targets.role_prefill"),
         (("targets", "role_decode"), {}, "targets.role_decode"),
+        (("targets", "decode_by_role"), {"mixed": [1, 1]}, "targets.decode_by_role must have one entry per role"),
+        (("gate", "hold"), {"other": 1}, "gate.hold: there is no class 'other'"),
         (("targets", "prefill", 0), -1, r"targets.prefill\[0\] must be at least 0"),
-        (("kind",), "best", "kind must be 'gate-and-route' or 'prioritize-and-route'; got 'best'"),
+        (("kind",), "best", "kind must be 'gate-and-route', 'prioritize-and-route', .* or 'thresholds'; got 'best'"),
         (("gate", "rule"), "random", "gate.rule must be"),
         (("gate", "placement"), "first", "gate.placement must be"),
         (("scenario", "prices", "prompt"), -1, "scenario.prices.prompt must be at least 0"),

@@ -43,11 +43,11 @@ class Tables(NamedTuple):
     router_order: AnyArray
     arrival_rate: AnyArray
     abandonment_rate: AnyArray
-    gate: AnyArray  # (3, I) base, slope, queue target
+    gate: AnyArray  # (4, I) base, slope, queue target, hold
     first: AnyArray  # the rest are Configurations and their rates
     prefill: AnyArray
     decodes: AnyArray
-    free: AnyArray
+    room: AnyArray
     idle: AnyArray
     added: AnyArray
     removed: AnyArray
@@ -76,11 +76,11 @@ def tables(layout: Layout, configurations: Configurations) -> Tables:
         router_order=s.router_order.copy(),
         arrival_rate=s.arrival_rate.copy(),
         abandonment_rate=s.abandonment_rate.copy(),
-        gate=np.stack([s.gate_base, s.gate_slope, s.gate_queue_target]),
+        gate=np.stack([s.gate_base, s.gate_slope, s.gate_queue_target, s.gate_hold]),
         first=c.first,
         prefill=c.prefill,
         decodes=c.decodes,
-        free=c.free,
+        room=c.room,
         idle=c.idle,
         added=c.added,
         removed=c.removed,
@@ -125,7 +125,7 @@ class Found(NamedTuple):
 
     keys: AnyArray
     slots: AnyArray
-    count: AnyArray  # (1,)
+    size: AnyArray  # (1,)
 
 
 # Packing and looking up -------------------------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def find(found: Found, key: int, insert: bool) -> int:
         if number < 0:
             if not insert:
                 return -1
-            number = found.count[0]
+            number = found.size[0]
             found.keys[number] = key
             found.slots[at] = number
-            found.count[0] = number + 1
+            found.size[0] = number + 1
             return _integer(number)
         if found.keys[number] == key:
             return _integer(number)
@@ -193,7 +193,7 @@ def find(found: Found, key: int, insert: bool) -> int:
 def rehash(found: Found) -> None:
     """Enter every known state into an empty table."""
     size = found.slots.size
-    for number in range(found.count[0]):
+    for number in range(found.size[0]):
         at = _slot(found.keys[number], size)
         while found.slots[at] >= 0:
             at = (at + 1) & (size - 1)
@@ -212,7 +212,8 @@ def _push(w: Work, z: AnyArray, probability: float, stage: int, g: int) -> AnyAr
     w.stage[top, 0] = stage
     w.stage[top, 1] = g
     w.used[0] = top + 1
-    return w.stack[top]
+    copy: AnyArray = w.stack[top]
+    return copy
 
 
 @_compiled
@@ -263,7 +264,7 @@ def _fill(t: Tables, w: Work, z: AnyArray, probability: float, g: int) -> None:
     """Seat one head of the buffer on GPU g if it has a free slot, else go on to the gate."""
     gpus, classes, places = t.sizes[0], t.sizes[1], t.sizes[2]
     waiting = _waiting_decodes(t, z)
-    if waiting == 0 or not t.free[z[g]]:
+    if waiting == 0 or t.room[z[g]] == 0:
         _push(w, z, probability, _GATE, 0)
     elif places > 0:
         i = z[gpus + classes] - 1
@@ -280,12 +281,15 @@ def _fill(t: Tables, w: Work, z: AnyArray, probability: float, g: int) -> None:
 
 @_compiled
 def _chosen(t: Tables, z: AnyArray) -> int:
-    """The class that the system's gate admits; -1 if none waits."""
+    """The class that the system's gate admits; -1 if none waits that is not held back."""
     gpus = t.sizes[0]
+    slack = -_waiting_decodes(t, z)
+    for g in range(gpus):
+        slack += t.room[z[g]]
     best = -1
     best_key = best_excess = 0.0
     for i in range(t.sizes[1]):
-        if z[gpus + i] > 0:
+        if z[gpus + i] > 0 and t.gate[3, i] < slack:
             running = 0
             for g in range(gpus):
                 running += t.prefill[z[g]] == i
@@ -373,10 +377,10 @@ def _route(t: Tables, w: Work, z: AnyArray, i: int, g: int) -> bool:
     for r in t.router_order:
         open_gpus = 0
         for h in range(gpus):
-            open_gpus += t.role_of[h] == r and t.free[z[h]]
+            open_gpus += t.role_of[h] == r and t.room[z[h]] > 0
         if open_gpus > 0:
             for h in range(gpus):
-                if t.role_of[h] == r and t.free[z[h]]:
+                if t.role_of[h] == r and t.room[z[h]] > 0:
                     y = _push(w, z, 1.0 / open_gpus, _FILL, g)
                     y[h] = t.added[y[h], i]
             return True
@@ -498,11 +502,11 @@ def explore(
     row = first_row
     record = actions.size == 1
     x, y, z = scratch[0], scratch[1], scratch[2]
-    while row < found.count[0]:
+    while row < found.size[0]:
         room = w.columns.size
         if (
-            found.count[0] + room * actions.size > found.keys.size
-            or 2 * (found.count[0] + room * actions.size) > found.slots.size
+            found.size[0] + room * actions.size > found.keys.size
+            or 2 * (found.size[0] + room * actions.size) > found.slots.size
             or (record and starts[row] + room > columns.size)
         ):
             return GROW, row

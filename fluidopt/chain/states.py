@@ -1,4 +1,4 @@
-"""What a state of the exact chain is: how it is laid out, packed into one integer, counted and estimated before it exists.
+"""What a state of the exact chain is: its layout, its packing into one integer, and their number before they exist.
 
 A state lists, role by role and sorted within a role (its GPUs are exchangeable), the *configuration* of every GPU: the
 class of its prefill, if one runs, and its decodes by class. Then the prefill queue's length of each class (a queue is
@@ -72,7 +72,7 @@ class Layout:
         """Contents of the decode buffer, the empty one included."""
         classes, places = self.system.classes, self.ordered_places
         shorter = sum(classes**length for length in range(places))
-        return shorter + classes**places * _up_to(classes, self.tail_cap)
+        return int(shorter + classes**places * _up_to(classes, self.tail_cap))
 
     def states(self) -> int:
         """Upper bound of the number of states, exact but for what the dynamics never reach.
@@ -80,7 +80,7 @@ class Layout:
         Counts sorted configurations: a decode waits only where no GPU has a free decode slot, a prefill (unless
         `holding`) only where none that may prefill is idle.
         """
-        everywhere = dict.fromkeys(("any", "full", "busy", "both"), 1)
+        everywhere = {"any": 1, "full": 1, "busy": 1, "both": 1}
         for r in range(self.system.roles):
             for kind, count in self._configurations(r).items():
                 everywhere[kind] *= comb(count + int(self.system.role_gpus[r]) - 1, int(self.system.role_gpus[r]))
@@ -145,7 +145,7 @@ class Layout:
         caps = f"prefill_queue_cap={self.prefill_queue_cap}, decode_queue_cap={self.decode_queue_cap}"
         words = "" if self.exact and self.system.classes == 1 else f", ordered_places={self.ordered_places}"
         instead = "Simulate instead (Policy.simulate), or use fewer GPUs, slots or classes, or lower caps"
-        if not self.system.classes == 1 and self.ordered_places > 0:
+        if self.system.classes != 1 and self.ordered_places > 0:
             instead += ", or keep fewer places of the decode buffer in order (ordered_places, approximate)"
         if states > max_states:
             raise InvalidInput(
@@ -183,7 +183,7 @@ class Configurations:
         first: (R + 1,) where a role's configurations begin.
         prefill: (K,) class of the running prefill, -1 for none.
         decodes: (K, I) decodes by class.
-        free: (K,) whether a decode can be added.
+        room: (K,) decodes that can be added.
         idle: (K,) whether a prefill can start.
         added, removed, started: (K, I) the configuration after a decode more, a decode less, a prefill started; -1
             where impossible.
@@ -193,7 +193,7 @@ class Configurations:
     first: IntArray
     prefill: IntArray
     decodes: IntArray
-    free: npt.NDArray[np.bool_]
+    room: IntArray
     idle: npt.NDArray[np.bool_]
     added: IntArray
     removed: IntArray
@@ -229,7 +229,13 @@ class Configurations:
             first=np.array(first, dtype=np.int64),
             prefill=np.array([p for _, p, _ in listed], dtype=np.int64),
             decodes=np.array([d for _, _, d in listed], dtype=np.int64).reshape(shape),
-            free=added[:, 0] >= 0,
+            room=np.array(
+                [
+                    min(system.role_decode_slots[r] - sum(d), system.role_slots[r] - sum(d) - (p >= 0))
+                    for r, p, d in listed
+                ],
+                dtype=np.int64,
+            ),
             idle=started[:, 0] >= 0,
             added=added,
             removed=removed,

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fluidopt.contention import GPU, Mode
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_whole
-from fluidopt.policy.rules import Gate, Kind, Policy, Role, Router, Targets
+from fluidopt.policy.rules import Gate, Policy, Role, Router, Targets
 from fluidopt.program import Array
 
 if TYPE_CHECKING:
     from fluidopt.plan import Plan
+
+# Gate rule and router rule of each kind; [L26] sections 4 to 6.3 and 13.
+RULES: dict[str, tuple[str, str]] = {
+    "gate-and-route": ("occupancy", "preference"),
+    "prioritize-and-route": ("priority", "preference"),
+    "sli-aware": ("occupancy", "shares"),
+    "sli-aware-general": ("occupancy", "weighted-shares"),
+    "FI-WSP": ("first-come", "stay"),
+    "GI-WSP": ("occupancy", "stay"),
+    "GF-WSP": ("occupancy", "preference"),
+    "FG-SP": ("first-come", "preference"),
+    "GG-SP": ("occupancy", "preference"),
+}
+UNPARTITIONED = ("FI-WSP", "GI-WSP", "GF-WSP")
 
 # Fleet fractions and occupancies below this are solver noise, not a wish for a GPU.
 NOISE = 1e-9
@@ -25,8 +40,8 @@ def extract(plan: Plan, *, gpus: int, kind: str | None = None, prefill_gpus: int
     charging = plan.model.scenario.charging
     if kind is None:
         kind = "gate-and-route" if charging == "bundled" else "prioritize-and-route"
-    if kind not in get_args(Kind):
-        raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {kind!r}")
+    if kind not in RULES:
+        raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, RULES))}; got {kind!r}")
     if not is_whole(gpus, least=1):
         raise InvalidInput(f"policy: gpus must be a whole number of at least 1; got {gpus!r}")
     types = plan.model.gpu_types
@@ -35,25 +50,28 @@ def extract(plan: Plan, *, gpus: int, kind: str | None = None, prefill_gpus: int
             f"policy: prefill_gpus must be a whole number from 0 to gpus = {gpus}, and goes with one GPU type "
             f"(this model has {len(types)}); got {prefill_gpus!r}"
         )
-    roles = assign_roles(plan, int(gpus), prefill_gpus)
+    partition = kind not in UNPARTITIONED
+    if prefill_gpus is not None and not partition:
+        raise InvalidInput(f"policy: prefill_gpus goes with a partition, and {kind!r} has none: all its GPUs prefill")
+    roles = assign_roles(plan, int(gpus), prefill_gpus) if partition else common_roles(plan, int(gpus), kind)
+    gate, router = RULES[kind]
     return Policy(
         kind=kind,  # type: ignore[arg-type]
         gpus=int(gpus),
         scenario=plan.model.scenario,
         roles=roles,
         targets=_targets(plan, roles),
-        gate=Gate(rule="occupancy" if kind == "gate-and-route" else "priority"),
-        router=Router(order=tuple(role.name for role in sorted(roles, key=_preference) if role.decode_slots)),
+        gate=Gate(rule=gate, before_decodes=kind == "GF-WSP"),  # type: ignore[arg-type]
+        router=Router(
+            order=tuple(role.name for role in sorted(roles, key=_preference) if role.decode_slots),
+            rule=router,  # type: ignore[arg-type]
+        ),
         revenue_bound=plan.revenue_rate,
     )
 
 
 def _targets(plan: Plan, roles: tuple[Role, ...]) -> Targets:
-    labels = plan.model.labels["mode"]
-    by_mode = {
-        "prefill": dict(zip(labels, np.nansum(plan.prefill, axis=0).tolist(), strict=True)),
-        "decode": dict(zip(labels, np.nansum(plan.decode, axis=0).tolist(), strict=True)),
-    }
+    prefill, decode = (_by_role(plan, roles, values) for values in (plan.prefill, plan.decode))
     return Targets(
         prefill=_clean(np.nansum(plan.prefill, axis=1)),
         decode=_clean(np.nansum(plan.decode, axis=1)),
@@ -61,9 +79,34 @@ def _targets(plan: Plan, roles: tuple[Role, ...]) -> Targets:
         decode_queue=_clean(plan.decode_queue),
         admitted=_clean(plan.admitted),
         throughput=_clean(plan.throughput),
-        role_prefill={role.name: by_mode["prefill"][role.name] for role in roles},
-        role_decode={role.name: by_mode["decode"][role.name] for role in roles},
+        role_prefill={role.name: float(prefill[:, r].sum()) for r, role in enumerate(roles)},
+        role_decode={role.name: float(decode[:, r].sum()) for r, role in enumerate(roles)},
+        decode_by_role={role.name: _clean(decode[:, r]) for r, role in enumerate(roles)},
     )
+
+
+def _by_role(plan: Plan, roles: tuple[Role, ...], values: Array) -> Array:
+    """Values by class and mode as values by class and role, (I, R).
+
+    A role with a mode of its own takes that. Where the roles of a GPU type share all its slots between prefills and
+    decodes, each takes its part, by number of GPUs, of all modes of the type.
+    """
+    columns = []
+    first = {}
+    k = 0
+    for gpu in plan.model.gpu_types:
+        first[gpu.name] = k
+        k += len(gpu.modes())
+    for role in roles:
+        gpu = next(gpu for gpu in plan.model.gpu_types if gpu.name == role.gpu)
+        modes = [mode.name for mode in gpu.modes()]
+        own = values[:, first[gpu.name] : first[gpu.name] + len(modes)]
+        if role.prefill is not None and role.slots == role.decode_slots:
+            of_type = sum(other.gpus for other in roles if other.gpu == gpu.name)
+            columns.append(np.nansum(own, axis=1) * role.gpus / of_type)
+        else:
+            columns.append(np.nan_to_num(own[:, modes.index((role.prefill or role.rest).name)]))
+    return np.stack(columns, axis=1)
 
 
 def _clean(values: Array) -> tuple[Any, ...]:
@@ -83,13 +126,7 @@ def assign_roles(plan: Plan, gpus: int, prefill_gpus: int | None = None) -> tupl
             to have one each.
     """
     types = plan.model.gpu_types
-    counts = largest_remainder(np.array([gpu.share for gpu in types]), gpus)
-    missing = [gpu.name for gpu, count in zip(types, counts, strict=True) if count == 0]
-    if missing:
-        raise InvalidInput(
-            f"policy: {gpus} GPU(s) are too few for {len(types)} GPU types with these shares "
-            f"(type {missing[0]!r} gets none); use a larger fleet"
-        )
+    counts = _type_counts(types, gpus)
     roles: list[Role] = []
     first = 0
     for gpu, count in zip(types, counts, strict=True):
@@ -104,6 +141,48 @@ def assign_roles(plan: Plan, gpus: int, prefill_gpus: int | None = None) -> tupl
         raise InvalidInput(
             f"policy: with {gpus} GPU(s) every GPU prefills and none has a decode slot; use a larger fleet"
         )
+    return tuple(role for role in roles if role.gpus)
+
+
+def _type_counts(types: tuple[GPU, ...], gpus: int) -> Array:
+    counts = largest_remainder(np.array([gpu.share for gpu in types]), gpus)
+    missing = [gpu.name for gpu, count in zip(types, counts, strict=True) if count == 0]
+    if missing:
+        raise InvalidInput(
+            f"policy: {gpus} GPU(s) are too few for {len(types)} GPU types with these shares "
+            f"(type {missing[0]!r} gets none); use a larger fleet"
+        )
+    return counts
+
+
+def common_roles(plan: Plan, gpus: int, kind: str) -> tuple[Role, ...]:
+    """Roles without a partition: every GPU prefills and decodes in the same slots.
+
+    The chunk is that of the modes that prefill, by largest remainder where a type has several. A GPU of batch size B
+    has B slots, of which a prefill takes one; in general as many as its decode-only mode has, but no more than the
+    prefill mode has for decodes, and one.
+
+    Raises:
+        InvalidInput: where a GPU type cannot prefill and then decode on the same GPU, or ``gpus`` is too small.
+    """
+    types = plan.model.gpu_types
+    counts = _type_counts(types, gpus)
+    roles: list[Role] = []
+    first = 0
+    for gpu, count in zip(types, counts, strict=True):
+        modes = gpu.modes()
+        able = [k for k, mode in enumerate(modes) if mode.prefills and gpu.rest_mode(mode).decode_slots]
+        if not able:
+            raise InvalidInput(
+                f"policy: {kind!r} has no partition, so every GPU prefills and decodes; GPU type {gpu.name!r} has no "
+                f"mode that does both ({', '.join(mode.name for mode in modes)}). Use a kind with a partition"
+            )
+        split = _spread(plan.mode_share[first : first + len(modes)], able, int(count))
+        prefix = "" if len(types) == 1 else f"{gpu.name}/"
+        for k, number in zip(able, split, strict=True):
+            slots = min(modes[k].decode_slots + 1, gpu.rest_mode(modes[k]).decode_slots)
+            roles.append(replace(_role(gpu, modes[k], number, prefix), decode_slots=slots, slots=slots))
+        first += len(modes)
     return tuple(role for role in roles if role.gpus)
 
 

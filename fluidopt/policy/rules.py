@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from fluidopt.contention import Mode
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import Finite, Name, NonNegative, NonNegativeInt, PositiveInt, dump, input_type, parse
 from fluidopt.model import FluidModel
+from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.tables import shorten
 
 if TYPE_CHECKING:
     from fluidopt.simulation.result import SimulationResult
 
-Kind = Literal["gate-and-route", "prioritize-and-route"]
+Kind = Literal[
+    "gate-and-route",
+    "prioritize-and-route",
+    "sli-aware",
+    "sli-aware-general",
+    "FI-WSP",
+    "GI-WSP",
+    "GF-WSP",
+    "FG-SP",
+    "GG-SP",
+    "thresholds",
+]
 
 
 @input_type
@@ -63,38 +77,62 @@ class Targets:
     """Prefills in service in each role, all classes, requests/GPU."""
     role_decode: dict[str, NonNegative]
     """Decodes in service in each role, all classes, requests/GPU."""
+    decode_by_role: dict[str, tuple[NonNegative, ...]]
+    """y_ik: decodes in service in each role by class, requests/GPU."""
 
 
 @input_type
 class Gate:
-    """Which waiting request starts when a prefill slot is idle. It never idles a slot while a request waits.
+    """Which waiting request starts when a GPU that may prefill is idle. Without ``hold`` no such GPU stays idle while a
+    request waits.
 
     ``"occupancy"`` ([L26] section 4.1) admits the class with the least ``(X_i - n x_i)/x_i``, X_i being its prefills
     in service and x_i their target; ties go to the largest ``Q_p,i - n q_p,i`` (q_p,i = 0 where the plan does not
-    determine it); classes with x_i = 0 only when no other waits. ``"priority"`` (section 4.2.1) admits the class
-    with the largest D_i/P_i.
+    determine it); classes with x_i = 0 only when no other waits. ``"queue-deviation"`` (section 6.3) admits the class
+    with the largest ``Q_p,i - n q_p,i``. ``"priority"`` admits the first waiting class of ``order``, by default the one
+    with the largest D_i/P_i (section 4.2.1). ``"first-come"`` admits whoever came first, of whatever class.
     """
 
     _: KW_ONLY
-    rule: Literal["occupancy", "priority"]
+    rule: Literal["occupancy", "queue-deviation", "priority", "first-come"]
     """How classes are compared."""
     placement: Literal["uniform", "fewest-decodes"] = "uniform"
     """Which idle GPU starts the prefill."""
+    order: tuple[str, ...] = ()
+    """With ``"priority"``: names of the classes, most urgent first, all or (for decreasing D_i/P_i) none."""
+    hold: dict[str, Finite] = field(default_factory=dict)
+    """By class, h_i: it is admitted only while the decodes that wait less the free decode slots of the whole fleet are
+    below -h_i. Classes that are not named are always admitted."""
+    before_decodes: bool = False
+    """Whether a slot that gets free goes to a new prefill rather than to a decode that waits."""
 
 
 @input_type
 class Router:
-    """Where a decode goes: to a GPU with a free slot, drawn uniformly within the first role of ``order`` that has
-    one; else into one first-come first-served buffer over all classes. A freed slot takes the head of the buffer."""
+    """Where a decode goes.
+
+    ``"preference"``: to a GPU with a free slot, drawn uniformly within the first role of ``order`` that has one; else
+    into one first-come first-served buffer over all classes. A freed slot takes the head of the buffer.
+    ``"shares"`` ([L26] section 5.1): to a role drawn with the class's share of decode completions there in the plan;
+    each role has its own buffer and serves only it. ``"weighted-shares"`` (section 13): likewise, and a freed slot
+    picks a waiting class with probability in proportion to its decode completions in that role in the plan; classes
+    without any only when no other waits. ``"stay"``: it stays on the GPU that prefilled it, in the same slot.
+    """
 
     _: KW_ONLY
     order: tuple[str, ...]
     """Names of the roles that decode, most preferred first."""
+    rule: Literal["preference", "shares", "weighted-shares", "stay"] = "preference"
+    """How the place is chosen."""
 
 
 @input_type
 class Policy:
-    """A complete rule for a fleet of ``gpus`` GPUs: static roles, dynamic gate and router."""
+    """A complete rule for a fleet of ``gpus`` GPUs: static roles, dynamic gate and router.
+
+    ``kind`` is a name only: what the policy does is in its other fields, which may be changed by hand
+    (``dataclasses.replace(policy, kind="thresholds", gate=...)``).
+    """
 
     _: KW_ONLY
     kind: Kind
@@ -125,13 +163,51 @@ class Policy:
             raise InvalidInput(f"router.order: there is no role {unknown[0]!r}; there are {names}")
         if len(set(self.router.order)) < len(self.router.order):
             raise InvalidInput(f"router.order: every role stands once; got {list(self.router.order)}")
-        for field in ("role_prefill", "role_decode"):
-            if set(getattr(self.targets, field)) != set(names):
-                raise InvalidInput(f"targets.{field} must have one entry per role ({names})")
+        self._check_targets(names)
+        self._check_gate()
+        self._check_router()
+
+    def _check_targets(self, names: list[str]) -> None:
+        for target in ("role_prefill", "role_decode", "decode_by_role"):
+            if set(getattr(self.targets, target)) != set(names):
+                raise InvalidInput(f"targets.{target} must have one entry per role ({names})")
         classes = len(self.scenario.classes)
-        for field in ("prefill", "decode", "prefill_queue", "decode_queue", "admitted", "throughput"):
-            if len(getattr(self.targets, field)) != classes:
-                raise InvalidInput(f"targets.{field} must have one entry per class ({classes})")
+        for target in ("prefill", "decode", "prefill_queue", "decode_queue", "admitted", "throughput"):
+            if len(getattr(self.targets, target)) != classes:
+                raise InvalidInput(f"targets.{target} must have one entry per class ({classes})")
+        for name, values in self.targets.decode_by_role.items():
+            if len(values) != classes:
+                raise InvalidInput(f"targets.decode_by_role.{name} must have one entry per class ({classes})")
+
+    def _check_gate(self) -> None:
+        gate, known = self.gate, [each.name for each in self.scenario.classes]
+        if gate.order and gate.rule != "priority":
+            raise InvalidInput(f"gate.order goes with gate.rule 'priority'; got {gate.rule!r}")
+        if gate.order and sorted(gate.order) != sorted(known):
+            raise InvalidInput(
+                f"gate.order must name every class once ({shorten(known)}); got {shorten(list(gate.order))}"
+            )
+        unknown = [name for name in gate.hold if name not in set(known)]
+        if unknown:
+            raise InvalidInput(f"gate.hold: there is no class {unknown[0]!r}; there are {shorten(known)}")
+        if gate.hold and gate.rule == "first-come":
+            raise InvalidInput("gate.hold needs a gate that tells classes apart; gate.rule is 'first-come'")
+
+    def _check_router(self) -> None:
+        slots = {role.name: role.decode_slots for role in self.roles}
+        none = [name for name in self.router.order if not slots[name]]
+        if none and self.router.rule in ("shares", "weighted-shares"):
+            raise InvalidInput(f"router.order: role {none[0]!r} has no decode slot")
+        if self.router.rule == "stay":
+            if self.gate.before_decodes:
+                raise InvalidInput("gate.before_decodes must be false where router.rule is 'stay'")
+            for role in self.roles:
+                if role.prefill is None or role.slots > role.decode_slots:
+                    raise InvalidInput(
+                        f"router.rule 'stay' needs roles that prefill and decode in the same slots; role {role.name!r} "
+                        f"has {role.slots} slots, of them {role.decode_slots} for decodes, and "
+                        f"{'prefills' if role.prefill else 'never prefills'}"
+                    )
 
     @cached_property
     def model(self) -> FluidModel:
@@ -168,33 +244,74 @@ class Policy:
         return (*map(_role_sentence, self.roles), self._gate_sentence(), self._router_sentence())
 
     def _gate_sentence(self) -> str:
-        names = [each.name for each in self.scenario.classes]
         where = "on a random idle one" if self.gate.placement == "uniform" else "on the idle one with fewest decodes"
-        lead = f"When a GPU that may prefill has no prefill running and requests wait, start one ({where}): "
-        if self.gate.rule == "priority":
-            order = sorted(self.scenario.classes, key=lambda each: -each.output_tokens / each.prompt_tokens)
-            return (
-                lead
-                + "the first waiting class in the order "
-                + shorten([each.name for each in order], between=" > ")
-                + "."
+        sentence = (
+            f"When a GPU that may prefill has no prefill running and requests wait, start one ({where}): "
+            + self._gate_choice()
+        )
+        held = [f"{name}: {-h:g}" for name, h in self.gate.hold.items()]
+        if held:
+            sentence += (
+                " But a class starts only while the decodes that wait less the free decode slots of the fleet are "
+                f"below its limit ({shorten(held, between='; ')}; none for the others)."
             )
+        if self.gate.before_decodes:
+            sentence += " A slot that gets free goes to a new prefill before it goes to a decode that waits."
+        return sentence
+
+    def _gate_choice(self) -> str:
+        names = [each.name for each in self.scenario.classes]
         n, targets = self.gpus, self.targets
+        if self.gate.rule == "first-come":
+            return "the request that came first, of whatever class."
+        if self.gate.rule == "priority":
+            by_ratio = sorted(self.scenario.classes, key=lambda each: -each.output_tokens / each.prompt_tokens)
+            order = list(self.gate.order) or [each.name for each in by_ratio]
+            return "the first waiting class in the order " + shorten(order, between=" > ") + "."
+        queues = [f"{name}: {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
+        queue_targets = f"({shorten(queues, between='; ') + '; ' if queues else ''}0 for the others)"
+        if self.gate.rule == "queue-deviation":
+            return f"of the waiting classes the one whose queue is furthest above its target {queue_targets}."
         wanted = [f"{name}: {n * x:.3g}" for name, x in zip(names, targets.prefill, strict=True) if x > 0]
         last = [name for name, x in zip(names, targets.prefill, strict=True) if x == 0]
-        queues = [f"{name}: {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
         sentence = (
-            lead + "of the waiting classes the one whose prefills in service are the smallest multiple of their target "
+            "of the waiting classes the one whose prefills in service are the smallest multiple of their target "
             f"({shorten(wanted, between='; ')}); on a tie, the class whose queue is furthest above its target "
-            f"({shorten(queues, between='; ') + '; ' if queues else ''}0 for the others)."
+            f"{queue_targets}."
         )
         return sentence + (f" Only when none of these waits: {shorten(last)}." if last else "")
 
     def _router_sentence(self) -> str:
-        order = ", else ".join(f"a {name} GPU" for name in self.router.order)
+        order = self.router.order
+        if self.router.rule == "stay":
+            return "A request whose prefill is done is decoded on the same GPU, in the same slot."
+        if self.router.rule == "preference":
+            return (
+                "A request whose prefill is done goes to a random GPU with a free decode slot: "
+                + ", else ".join(f"a {name} GPU" for name in order)
+                + "; else it waits in one first-come first-served buffer. A freed decode slot takes the head of that "
+                "buffer at once."
+            )
+        shares = decode_shares(self)
+        by_role = [
+            f"{name} "
+            + shorten([f"{100 * p:.3g} % of {each.name}" for each, p in zip(self.scenario.classes, row, strict=True)])
+            for name, row in zip(order, shares.tolist(), strict=True)
+        ]
+        sentence = (
+            f"A request whose prefill is done is sent to a role at random ({'; '.join(by_role)}): to a random GPU of "
+            "it with a free decode slot, else into the buffer of that role, which no other role serves. "
+        )
+        if self.router.rule == "shares":
+            return sentence + "A freed decode slot takes the head of its role's buffer at once."
+        weights = [
+            f"{name} "
+            + shorten([f"{each.name}: {w:.3g}" for each, w in zip(self.scenario.classes, row, strict=True) if w > 0])
+            for name, row in zip(order, decode_weights(self).tolist(), strict=True)
+        ]
         return (
-            f"A request whose prefill is done goes to a random GPU with a free decode slot: {order}; else it waits in "
-            "one first-come first-served buffer. A freed decode slot takes the head of that buffer at once."
+            sentence + "A freed decode slot takes the first of one of the classes that wait there, drawn at random by "
+            f"weight ({'; '.join(weights)}); classes without a weight come last, first come first served."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,9 +360,48 @@ class Policy:
         return f"<div><b>Policy {escape(self.title)}</b><ol>{items}</ol></div>"
 
 
+def decode_shares(policy: Policy) -> Array:
+    """Probability that a decode of a class goes to a role, (roles of ``router.order``, I), [L26] section 5.1.
+
+    p_ki = mu_ki y_ki / sum_j mu_ji y_ji over the roles that have GPUs; a class that the plan does not decode in any of
+    them goes to the first role.
+    """
+    rate = _completions(policy)
+    total = rate.sum(axis=0)
+    shares: Array = np.divide(rate, total, out=np.zeros_like(rate), where=total > 0)
+    shares[0, total == 0] = 1.0
+    return shares
+
+
+def decode_weights(policy: Policy) -> Array:
+    """Weights by which a freed slot of a role picks a waiting class, (roles of ``router.order``, I), [L26] section 13.
+
+    varpi_ki = mu_ki y_ki / sum_j mu_kj y_kj.
+    """
+    rate = _completions(policy)
+    total = rate.sum(axis=1, keepdims=True)
+    weights: Array = np.divide(rate, total, out=np.zeros_like(rate), where=total > 0)
+    return weights
+
+
+def _completions(policy: Policy) -> Array:
+    """Decode completions of the plan, requests/s per GPU, (roles of ``router.order``, I)."""
+    roles = {role.name: role for role in policy.roles}
+    output = policy.scenario.workload.output_tokens
+    rows = []
+    for name in policy.router.order:
+        role = roles[name]
+        speed = (role.prefill or role.rest).decode_speed if role.gpus else 0.0
+        rows.append(np.array(policy.targets.decode_by_role[name]) * speed / output)
+    return np.array(rows).reshape(len(rows), len(policy.scenario.classes))
+
+
 def _role_sentence(role: Role) -> str:
     decodes = f"at most {role.decode_slots} decodes" if role.decode_slots else "no decodes"
     who = f"{role.gpus} GPU{'s' if role.gpus != 1 else ''} ({role.name})"
     if role.prefill is None:
         return f"{who}: {decodes}, never a prefill."
-    return f"{who}: one prefill at a time in chunks of {role.prefill.chunk} tokens, beside {decodes}."
+    prefill = f"one prefill at a time in chunks of {role.prefill.chunk} tokens"
+    if role.slots > role.decode_slots:
+        return f"{who}: {prefill}, beside {decodes}."
+    return f"{who}: at most {role.slots} requests, of them {prefill} and the others decodes."

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fluidopt.contention import Mode
 from fluidopt.policy.extract import largest_remainder
-from fluidopt.policy.rules import Policy
+from fluidopt.policy.rules import Policy, decode_shares, decode_weights
 from fluidopt.program import Array
 from fluidopt.simulation.system import FEWEST_DECODES, UNIFORM, Start, System
 
@@ -23,6 +23,7 @@ def fleet_system(policy: Policy) -> System:
     names = [role.name for role in policy.roles]
     unrouted = [name for name in names if name not in policy.router.order]
     slope, base = _gate_keys(policy)
+    side, share, weight = _sides(policy)
     value = prices.prompt * workload.prompt_tokens + prices.output * workload.output_tokens
     bundled = policy.scenario.charging == "bundled"
     return System(
@@ -41,7 +42,14 @@ def fleet_system(policy: Policy) -> System:
         role_slots=np.array([role.slots for role in policy.roles]),
         gate_slope=slope,
         gate_base=base,
-        gate_queue_target=policy.gpus * np.array([target or 0.0 for target in policy.targets.prefill_queue]),
+        gate_queue_target=policy.gpus * _known(policy.targets.prefill_queue),
+        gate_hold=np.array([policy.gate.hold.get(each.name, -np.inf) for each in policy.scenario.classes]),
+        gate_fcfs=policy.gate.rule == "first-come",
+        gate_first=policy.gate.before_decodes,
+        role_stays=np.full(len(policy.roles), int(policy.router.rule == "stay")),
+        role_side=side,
+        side_share=share,
+        side_weight=weight,
         router_order=np.array([names.index(name) for name in (*policy.router.order, *unrouted)]),
         placement=UNIFORM if policy.gate.placement == "uniform" else FEWEST_DECODES,
         prefill_reward=np.zeros(len(workload)) if bundled else prices.prompt * workload.prompt_tokens,
@@ -52,12 +60,31 @@ def fleet_system(policy: Policy) -> System:
 def _gate_keys(policy: Policy) -> tuple[Array, Array]:
     """Slope and base of each class's gate key ``base + slope X_i``; the least key is admitted."""
     target = np.array(policy.targets.prefill)
+    if policy.gate.rule in ("queue-deviation", "first-come"):
+        return np.zeros_like(target), np.zeros_like(target)
+    if policy.gate.order:
+        rank = {name: float(at) for at, name in enumerate(policy.gate.order)}
+        return np.zeros_like(target), np.array([rank[each.name] for each in policy.scenario.classes])
     if policy.gate.rule == "priority":
         workload = policy.scenario.workload
         return np.zeros_like(target), -workload.output_tokens / workload.prompt_tokens
     # (X_i - n x_i)/x_i = X_i/x_i - n, and n is the same for all. No X_i/x_i reaches the largest float.
     with np.errstate(divide="ignore"):
         return np.where(target > 0, 1.0 / target, 0.0), np.where(target > 0, 0.0, np.finfo(float).max)
+
+
+def _sides(policy: Policy) -> tuple[Counts, Array, Array]:
+    """Side of each role, shares and weights: one side, or one per role that decodes."""
+    classes = len(policy.scenario.classes)
+    shares = np.ones((1, classes))
+    if policy.router.rule in ("preference", "stay"):
+        return np.zeros(len(policy.roles), dtype=int), shares, np.zeros_like(shares)
+    side = np.array(
+        [policy.router.order.index(role.name) if role.name in policy.router.order else 0 for role in policy.roles]
+    )
+    shares = decode_shares(policy)
+    weighted = policy.router.rule == "weighted-shares"
+    return side, shares, decode_weights(policy) if weighted else np.zeros_like(shares)
 
 
 def fluid_start(policy: Policy, system: System) -> Start:
@@ -74,12 +101,19 @@ def fluid_start(policy: Policy, system: System) -> Start:
         prefill_room,
         in_order,
     )
-    decode, decode_left = _seat(
-        n * np.array(targets.decode),
-        n * np.array([targets.role_decode[role.name] for role in policy.roles]),
-        system.role_gpus * system.role_decode_slots,
-        in_order,
-    )
+    decode_room = system.role_gpus * np.minimum(system.role_decode_slots, system.role_slots)
+    decode_room = np.minimum(decode_room, system.role_gpus * system.role_slots - prefill.sum(axis=1))
+    if system.sides == 1:
+        decode, decode_left = _seat(
+            n * np.array(targets.decode),
+            n * np.array([targets.role_decode[role.name] for role in policy.roles]),
+            decode_room,
+            in_order,
+        )
+    else:
+        decode, decode_left = _seat_by_class(
+            n * np.array([targets.decode_by_role[role.name] for role in policy.roles]), decode_room
+        )
     return Start(
         prefill_queue=np.rint(n * _known(targets.prefill_queue)).astype(int) + prefill_left,
         decode_queue=np.rint(n * _known(targets.decode_queue)).astype(int) + decode_left,
@@ -90,6 +124,17 @@ def fluid_start(policy: Policy, system: System) -> Start:
 
 def _known(targets: tuple[float | None, ...]) -> Array:
     return np.array([target or 0.0 for target in targets])
+
+
+def _seat_by_class(wanted: Array, room: Counts) -> tuple[Counts, Counts]:
+    """Whole numbers of shape (R, I) with about these values, no role above its room; and what is left, shape (I,)."""
+    whole = np.rint(wanted).astype(int)
+    seated = np.zeros_like(whole)
+    for role, (counts, most) in enumerate(zip(whole, room, strict=True)):
+        number = min(int(most), int(counts.sum()))
+        if number:
+            seated[role] = np.minimum(largest_remainder(counts / counts.sum(), number), counts)
+    return seated, (whole - seated).sum(axis=0)
 
 
 def _seat(classes: Array, roles: Array, room: Counts, preference: Counts) -> tuple[Counts, Counts]:

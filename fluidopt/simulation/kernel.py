@@ -2,7 +2,18 @@
 
 The chain is the n-GPU system of [L26], sections 2 and 4.1, with any number of roles in place of the mixed and the
 solo group. Nothing here depends on the policy, on the number of classes I or on the number of GPUs n except
-through data, so one compilation serves every system.
+through data, so one compilation serves every system. All policies are special cases of these rules:
+
+- Waiting requests stand in FCFS *lines*: before the prefill one per class, or one for all (FCFS admission); before the
+  decode one per *side*, a group of roles with a buffer of its own, and one more for each of its classes with a weight.
+- When the gate may start a prefill it takes the head of the line with the least key. The lines are the leaves of a
+  tournament, in order of their hold; as a class is admitted while its hold is below the free decode slots less the
+  waiting decodes, those admitted are the first leaves, and their best is found in O(log I) without any update when the
+  backlog changes.
+- A finished prefill stays on its GPU, or draws a side and goes to the first of its roles with a free slot, or waits.
+- A freed decode slot picks a line of its side, by weight (composition-rejection again, hence independent of I), and if
+  only classes without weight wait, the side's common line.
+- What got free is offered first to the decodes and then to the gate, or the other way round.
 
 How one event is drawn (composition-rejection, after Slepoy, Thompson and Plimpton, J. Chem. Phys. 128, 2008). Every
 request that can leave its place by itself is a member of one *bucket*: decodes in service, prefills in service and
@@ -19,8 +30,8 @@ into its FCFS queue, because it can leave from the middle. A GPU is one record o
 kept as moments: with jumps d_j at ages t_j in a window of length T, int N dt = N(T) T - sum d_j t_j, so that a jump
 costs one addition.
 
-Invariants between events: a decode waits only if no GPU has a free decode slot; a prefill waits only if no GPU
-that may prefill is idle (the gates here never idle).
+Invariants between events: a decode waits only if no GPU of its side has a free decode slot; a prefill waits only if no
+GPU that may prefill is idle or its class is held back.
 """
 
 from __future__ import annotations
@@ -52,17 +63,28 @@ def _record(**columns: str) -> np.dtype[np.void]:
 
 
 # Tables. Of the fleet: buckets come in the order decodes, prefills, waiting requests; by_level is 1 if idle GPUs are
-# listed by their number of decodes, idle_stride the capacity of one such list.
-FLEET = _record(f8="arrival_rate", i8="first_prefill_bucket first_waiting_bucket by_level idle_stride")
-# Of a class: 1/P_i, 1/D_i, theta_i, the gate, the alias table of arrivals, decode_reward_i/D_i in quanta, its buckets
-# (waiting_bucket is -1 if theta_i = 0).
-CLASS = _record(
-    f8="per_prompt per_output abandonment gate_base gate_slope gate_queue_target alias_threshold",
-    i8="earning",
-    i4="alias prefill_bucket decode_bucket waiting_bucket",
+# listed by their number of decodes, idle_stride the capacity of one such list; holds is 1 if any class can be held
+# back, fcfs 1 if all wait in line 0 for a prefill, gate_first 1 if the gate comes before waiting decodes.
+FLEET = _record(
+    f8="arrival_rate", i8="first_prefill_bucket first_waiting_bucket by_level idle_stride holds fcfs gate_first"
 )
-# Of a role: prefill tokens/s, decode iterations/s while no prefill runs and while one does, caps.
-ROLE = _record(f8="prefill_speed rest_speed mixed_speed", i4="first_gpu decode_slots slots prefills")
+# Of a class: 1/P_i, 1/D_i, the gate (leaf is the class's place in the tournament), the alias table of arrivals,
+# decode_reward_i/D_i in quanta, its buckets.
+CLASS = _record(
+    f8="per_prompt per_output gate_base gate_slope gate_queue_target gate_hold alias_threshold",
+    i8="earning",
+    i4="alias prefill_bucket decode_bucket leaf",
+)
+# Of a role: prefill tokens/s, decode iterations/s while no prefill runs and while one does, caps, 1 if a prefill takes
+# a decode slot.
+ROLE = _record(
+    f8="prefill_speed rest_speed mixed_speed", i4="first_gpu decode_slots slots prefills takes stays side unused"
+)
+# Of a side: its roles in router_order, its choices.
+SIDE = _record(i4="first_role last_role first_choice last_choice")
+# Of a tag of a waiting request, (0 before prefill, 1 + side before decode) * I + class: theta_i, its line and bucket
+# (-1 if theta_i = 0), and the probability that a decode of the class goes to this side or one before.
+PLACE = _record(f8="abandonment cumulative", i4="line bucket")
 
 # State. Of a GPU: prefilling is 0 or 1; free_position is its place in its role's list of GPUs with a free decode
 # slot, idle_level and idle_position that in the lists of GPUs on which a prefill may start, -1 in none; earning is the
@@ -75,18 +97,21 @@ TALLY = _record(i8="prefilling " + COUNTERS)
 ROLE_TALLY = _record(i8="mixed_earning", f8="mixed_earning_moment", i4="most_decodes most_requests")
 # Of a role and a class, at index role * I + class: requests in service.
 SERVICE = _record(i8="prefill decode", f8="prefill_moment decode_moment")
-# Of a stage (0 before prefill, 1 before decode) and a class, at index stage * I + class: requests waiting.
+# Of a tag: requests waiting.
 WAITING = _record(i8="count abandoned", f8="moment")
-# A queue is a doubly linked list through the pool: queue i < I holds class i before its prefill, queue I is the buffer.
-QUEUE = _record(i4="head tail")
-REQUEST = _record(i4="previous next position tag")  # position in its bucket; tag is stage * I + class
+# A line is a doubly linked list through the pool. Of a line with a weight: its choice (-1 without), its position in it
+# while somebody waits, and the common line of its side, which counts those of them that are not empty.
+LINE = _record(f8="weight", i4="head tail choice position common open_lines")
+# A choice holds the lines of a side that are not empty and whose weights differ by less than a factor 2.
+CHOICE = _record(f8="weight bound", i4="size start")
+REQUEST = _record(i4="previous next position tag")  # position in its bucket
 BUCKET = _record(i8="size start capacity", f8="bound per_bound")
-MEMBER = _record(i4="where tag")  # in service: GPU, role * I + class; waiting: pool index, stage * I + class
+MEMBER = _record(i4="where tag")  # in service: GPU, role * I + class; waiting: pool index, tag
 ENTRANT = _record(f8="key excess")
 # origin: time at which the ages of the moments start; next_time: of the pending draw, nan before the first; idle: GPUs
-# on which a prefill may start; full: 1 when the pool or a bucket is about to run out of room; pool_free: head of the
-# chain of freed records.
-SCALARS = _record(f8="origin next_time", i8="events null_draws idle full pool_used pool_free")
+# on which a prefill may start; slack: free decode slots less decodes without one; full: 1 when the pool or a bucket is
+# about to run out of room; pool_free: head of the chain of freed records.
+SCALARS = _record(f8="origin next_time", i8="events null_draws idle slack full pool_used pool_free")
 
 
 class Tables(NamedTuple):
@@ -95,7 +120,10 @@ class Tables(NamedTuple):
     fleet: AnyArray  # (1,) FLEET
     classes: AnyArray  # (I,) CLASS
     roles: AnyArray  # (R,) ROLE
-    router_order: AnyArray  # (R,)
+    router_order: AnyArray  # (R,) by side
+    sides: AnyArray  # (S,) SIDE
+    places: AnyArray  # ((1 + S) * I,) PLACE
+    holds: AnyArray  # (I,) gate_hold in increasing order
 
 
 class State(NamedTuple):
@@ -111,22 +139,28 @@ class State(NamedTuple):
     tallies: AnyArray  # (I,) TALLY
     roles: AnyArray  # (R,) ROLE_TALLY
     service: AnyArray  # (R * I,) SERVICE
-    waiting: AnyArray  # (2 * I,) WAITING
-    queues: AnyArray  # (I + 1,) QUEUE
+    waiting: AnyArray  # ((1 + S) * I,) WAITING
+    lines: AnyArray  # LINE: I before prefill, the common ones of the S sides, those with a weight
+    choices: AnyArray  # CHOICE, by side
+    choice_members: AnyArray  # lines, a segment per choice
     pool: AnyArray  # REQUEST
     weights: AnyArray  # (buckets,) size * bound
     buckets: AnyArray  # (buckets,) BUCKET
     members: AnyArray  # MEMBER, a segment per bucket
     entrants: AnyArray  # (I + 1,) ENTRANT, the last stands for nobody
-    winners: AnyArray  # (2 * leaves,) tournament over the classes that wait for a prefill, root at 1, I is nobody
+    winners: AnyArray  # (2 * leaves,) tournament over the lines that wait for a prefill, root at 1, I is nobody
+
+
+APART = ("advance", "load", "_open_line", "_close_line", "_draw_line", "_best_admitted", "_gate_at_once")
 
 
 def _compiled(function: Function) -> Function:
     """Compile without reference counts: nothing compiled here allocates, and atomic counts cost 90 % of the speed.
 
-    Callees are forced inline, since a call would pass some 150 words of array descriptors through memory.
+    Callees are forced inline, since a call would pass some 150 words of array descriptors through memory; not those
+    that only some policies need, which would slow the others down by their mere presence.
     """
-    inline = function.__name__ not in ("advance", "load")
+    inline = function.__name__ not in APART
     options: dict[str, Any] = {
         "cache": True,
         "nogil": True,
@@ -174,10 +208,67 @@ def _remove_member(state: State, index: int, position: int) -> int:
 
 
 @_compiled
+def _open_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: int) -> None:
+    """A line with a weight is no longer empty."""
+    line = lines[index]
+    choice = choices[line.choice]
+    members[choice.start + choice.size] = index
+    line.position = choice.size
+    choice.size += 1
+    choice.weight = choice.size * choice.bound
+    lines[line.common].open_lines += 1
+
+
+@_compiled
+def _close_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: int) -> None:
+    """A line with a weight has become empty."""
+    line = lines[index]
+    choice = choices[line.choice]
+    choice.size -= 1
+    last = members[choice.start + choice.size]
+    members[choice.start + line.position] = last
+    lines[last].position = line.position
+    choice.weight = choice.size * choice.bound
+    lines[line.common].open_lines -= 1
+
+
+@_compiled
+def _draw_line(
+    lines: AnyArray, choices: AnyArray, members: AnyArray, rng: np.random.Generator, first: int, last: int
+) -> int:
+    """One of the lines in choices first to last - 1, of which some are not empty, in proportion to their weights."""
+    total = 0.0
+    for k in range(first, last):
+        total += choices[k].weight
+    while True:
+        u = rng.random() * total
+        k = first
+        while k < last - 1 and u >= choices[k].weight:
+            u -= choices[k].weight
+            k += 1
+        choice = choices[k]
+        if choice.size > 0:  # else rounding took u past the last weight
+            position = min(_integer(u / choice.bound), choice.size - 1)
+            index = _integer(members[choice.start + position])
+            if u - position * choice.bound < lines[index].weight:
+                return index
+
+
+@_compiled
+def _next_line(tables: Tables, state: State, rng: np.random.Generator, s: int) -> int:
+    """The line of side s, on which a decode waits, whose head gets a free slot."""
+    common = state.tallies.size + s
+    if state.lines[common].open_lines == 0:
+        return _integer(common)
+    side = tables.sides[s]
+    first, last = _integer(side.first_choice), _integer(side.last_choice)
+    return _draw_line(state.lines, state.choices, state.choice_members, rng, first, last)
+
+
+@_compiled
 def _join(tables: Tables, state: State, tag: int, age: float) -> None:
-    """A request starts to wait at the tail of its queue; tag is stage * I + class."""
+    """A request starts to wait at the tail of its line."""
     scalars = state.scalars[0]
-    count = state.tallies.size
     c = scalars.pool_free
     if c >= 0:
         scalars.pool_free = state.pool[c].next
@@ -187,45 +278,48 @@ def _join(tables: Tables, state: State, tag: int, age: float) -> None:
         if c + MARGIN >= state.pool.size:
             scalars.full = 1
     request = state.pool[c]
-    queue = state.queues[tag if tag < count else count]
+    place = tables.places[tag]
+    line = state.lines[place.line]
     request.tag = tag
     request.next = NONE
-    request.previous = queue.tail
-    if queue.tail >= 0:
-        state.pool[queue.tail].next = c
+    request.previous = line.tail
+    if line.tail >= 0:
+        state.pool[line.tail].next = c
     else:
-        queue.head = c
-    queue.tail = c
+        line.head = c
+        if line.choice >= 0:
+            _open_line(state.lines, state.choices, state.choice_members, _integer(place.line))
+    line.tail = c
     waiting = state.waiting[tag]
     waiting.count += 1
     waiting.moment += age
-    bucket = tables.classes[tag if tag < count else tag - count].waiting_bucket
-    if bucket >= 0:
-        request.position = _add_member(state, bucket, c, tag)
+    if place.bucket >= 0:
+        request.position = _add_member(state, place.bucket, c, tag)
 
 
 @_compiled
 def _leave(tables: Tables, state: State, c: int, age: float) -> int:
-    """The request in record c stops waiting, wherever in its queue it is; returns its tag."""
+    """The request in record c stops waiting, wherever in its line it is; returns its tag."""
     scalars = state.scalars[0]
-    count = state.tallies.size
     request = state.pool[c]
     tag = _integer(request.tag)
-    queue = state.queues[tag if tag < count else count]
+    place = tables.places[tag]
+    line = state.lines[place.line]
     if request.previous >= 0:
         state.pool[request.previous].next = request.next
     else:
-        queue.head = request.next
+        line.head = request.next
     if request.next >= 0:
         state.pool[request.next].previous = request.previous
     else:
-        queue.tail = request.previous
+        line.tail = request.previous
+    if line.choice >= 0 and line.head < 0:
+        _close_line(state.lines, state.choices, state.choice_members, _integer(place.line))
     waiting = state.waiting[tag]
     waiting.count -= 1
     waiting.moment -= age
-    bucket = tables.classes[tag if tag < count else tag - count].waiting_bucket
-    if bucket >= 0:
-        moved = _remove_member(state, bucket, request.position)
+    if place.bucket >= 0:
+        moved = _remove_member(state, place.bucket, request.position)
         state.pool[moved].position = request.position
     request.next = scalars.pool_free
     scalars.pool_free = c
@@ -288,6 +382,7 @@ def _start_prefill(tables: Tables, state: State, g: int, i: int, age: float) -> 
     gpu = state.gpus[g]
     tag = gpu.role * state.tallies.size + i
     gpu.prefilling = 1
+    state.scalars[0].slack -= tables.roles[gpu.role].takes
     service = state.service[tag]
     service.prefill += 1
     service.prefill_moment += age
@@ -328,14 +423,19 @@ def _start_decode(tables: Tables, state: State, g: int, i: int, age: float) -> N
 
 @_compiled
 def _compete(tables: Tables, state: State, i: int) -> None:
-    """Replay class i's matches in the tournament after a change of X_i or of Q_p,i."""
+    """Replay the matches of class i's line in the tournament after a change of X_i or of Q_p,i."""
+    fleet = tables.fleet[0]
+    if fleet.fcfs == 1:
+        i = _integer(0)
     waiting = state.waiting[i].count
+    waits = waiting > 0 if fleet.fcfs == 0 else state.lines[i].head >= 0
     nobody = state.tallies.size
-    node = (state.winners.size >> 1) + i
-    if waiting == 0 and state.winners[node] == nobody:
+    leaf = i if fleet.holds == 0 else _integer(tables.classes[i].leaf)
+    node = (state.winners.size >> 1) + leaf
+    if not waits and state.winners[node] == nobody:
         return
     key, excess, best = np.inf, -np.inf, nobody
-    if waiting > 0:
+    if waits:
         entry = tables.classes[i]
         key = entry.gate_base + entry.gate_slope * state.tallies[i].prefilling
         excess = waiting - entry.gate_queue_target
@@ -375,26 +475,69 @@ def _place(tables: Tables, state: State, rng: np.random.Generator) -> int:
 
 
 @_compiled
+def _best_admitted(winners: AnyArray, entrants: AnyArray, holds: AnyArray, slack: int) -> int:
+    """The winner among the classes whose hold is below the slack, which are not all; I if none of them waits."""
+    low, high = 0, holds.size  # the leaves below `high` are admitted
+    while low < high:
+        middle = (low + high) >> 1
+        if holds[middle] < slack:
+            low = middle + 1
+        else:
+            high = middle
+    best = holds.size
+    key, excess = np.inf, -np.inf
+    left = winners.size >> 1
+    right = left + high
+    while left < right:  # [left, right) as a union of subtrees; left stays the first node of its level
+        if right & 1:
+            right -= 1
+            rival = _integer(winners[right])
+            other = entrants[rival]
+            tied = other.key == key and (other.excess > excess or (other.excess == excess and rival < best))
+            if other.key < key or tied:
+                key, excess, best = other.key, other.excess, rival
+        left >>= 1
+        right >>= 1
+    return best
+
+
+@_compiled
+def _best(tables: Tables, state: State) -> int:
+    """The line to admit next: the winner among those not held back, I if none waits."""
+    best = _integer(state.winners[1])
+    if tables.fleet[0].holds == 0 or best == state.tallies.size:
+        return best
+    slack = _integer(state.scalars[0].slack)
+    if tables.classes[best].gate_hold < slack:
+        return best
+    return _best_admitted(state.winners, state.entrants, tables.holds, slack)
+
+
+@_compiled
 def _gate(tables: Tables, state: State, rng: np.random.Generator, newcomer: int, age: float) -> None:
-    """Admit while a GPU is idle and a prefill waits.
+    """Admit while a GPU is idle and a prefill waits that is not held back.
 
     A newcomer is the class of an arrival that found nobody waiting and a GPU idle (else -1): it need not queue.
     """
     nobody = state.tallies.size
-    while state.scalars[0].idle > 0 and (newcomer >= 0 or state.winners[1] != nobody):
+    while state.scalars[0].idle > 0:
         i = newcomer
         if newcomer < 0:
-            i = _integer(state.winners[1])
-            _leave(tables, state, state.queues[i].head, age)
+            line = _best(tables, state)
+            if line == nobody:
+                break
+            i = _leave(tables, state, state.lines[line].head, age)
         newcomer = _integer(NONE)
         _start_prefill(tables, state, _place(tables, state, rng), i, age)
         _compete(tables, state, i)
 
 
 @_compiled
-def _route(tables: Tables, state: State, rng: np.random.Generator) -> int:
-    """A GPU for a decode, or -1: uniform over the GPUs with a free slot of the first role that has one."""
-    for r in tables.router_order:
+def _route(tables: Tables, state: State, rng: np.random.Generator, s: int) -> int:
+    """A GPU for a decode, or -1: uniform over the GPUs with a free slot of the first role of side s that has one."""
+    side = tables.sides[s]
+    for k in range(side.first_role, side.last_role):
+        r = tables.router_order[k]
         size = state.free_size[r]
         if size > 0:
             pick = _integer(rng.random() * size)
@@ -403,25 +546,61 @@ def _route(tables: Tables, state: State, rng: np.random.Generator) -> int:
 
 
 @_compiled
-def _seat_head(tables: Tables, state: State, g: int, age: float) -> None:
-    """Seat the head of the decode buffer on GPU g."""
-    count = state.tallies.size
-    tag = _leave(tables, state, state.queues[count].head, age)
-    _start_decode(tables, state, g, tag - count, age)
+def _waits(state: State, s: int) -> bool:
+    """Whether a decode waits on side s."""
+    common = state.lines[state.tallies.size + s]
+    waits: bool = common.head >= 0 or common.open_lines > 0
+    return waits
 
 
 @_compiled
-def _fill_slots(tables: Tables, state: State, g: int, age: float) -> None:
-    """Seat heads of the decode buffer on GPU g while it has a free slot, and list it."""
+def _seat_next(tables: Tables, state: State, rng: np.random.Generator, s: int, g: int, age: float) -> None:
+    """Seat the next waiting decode of side s on GPU g."""
+    line = _next_line(tables, state, rng, s)
+    tag = _leave(tables, state, state.lines[line].head, age)
+    _start_decode(tables, state, g, tag - (1 + s) * state.tallies.size, age)
+
+
+@_compiled
+def _gate_at_once(tables: Tables, state: State, rng: np.random.Generator, g: int, age: float) -> None:
+    """List GPU g, then admit; apart, for where the gate comes before the decodes and where speed does not matter."""
+    _list_gpu(tables, state, g)
+    _gate(tables, state, rng, _integer(NONE), age)
+
+
+@_compiled
+def _fill_slots(tables: Tables, state: State, rng: np.random.Generator, g: int, age: float) -> None:
+    """Seat waiting decodes on GPU g while it has a free slot, and list it."""
     gpu = state.gpus[g]
     role = tables.roles[gpu.role]
-    buffer = state.queues[state.tallies.size]
-    while buffer.head >= 0 and gpu.decodes < role.decode_slots and gpu.decodes + gpu.prefilling < role.slots:
-        _seat_head(tables, state, g, age)
+    s = _integer(role.side)
+    while _waits(state, s) and gpu.decodes < role.decode_slots and gpu.decodes + gpu.prefilling < role.slots:
+        _seat_next(tables, state, rng, s, g, age)
     _list_gpu(tables, state, g)
 
 
-# Events: each takes the member drawn and a residual uniform on [0, bound), and returns False if it is rejected.
+@_compiled
+def _seat_finished(tables: Tables, state: State, rng: np.random.Generator, g: int, i: int, age: float) -> bool:
+    """Find a place for the class-i request whose prefill ended on GPU g; returns whether others can take g's slots."""
+    gpu = state.gpus[g]
+    role = tables.roles[gpu.role]
+    count = state.tallies.size
+    s = 0
+    if tables.sides.size > 1:
+        u = rng.random()
+        while s < tables.sides.size - 1 and u >= tables.places[(1 + s) * count + i].cumulative:
+            s += 1
+    target = g if role.stays == 1 else _route(tables, state, rng, s)
+    if target >= 0:
+        _start_decode(tables, state, target, i, age)
+        _list_gpu(tables, state, target)
+    else:
+        _join(tables, state, (1 + s) * count + i, age)
+    fills: bool = gpu.free_position >= 0 and _waits(state, _integer(role.side))
+    return fills
+
+
+# Events: each takes the member drawn and a residual uniform on [0, bound), and tells whether it is accepted.
 
 
 @_compiled
@@ -433,7 +612,8 @@ def _arrive(tables: Tables, state: State, u: float, age: float) -> int:
     if scaled - i >= entry.alias_threshold:
         i = _integer(entry.alias)
     state.tallies[i].arrivals += 1
-    if state.scalars[0].idle > 0 and state.winners[1] == state.tallies.size:
+    scalars = state.scalars[0]
+    if scalars.idle > 0 and state.winners[1] == state.tallies.size and tables.classes[i].gate_hold < scalars.slack:
         return i
     _join(tables, state, i, age)
     _compete(tables, state, i)
@@ -442,24 +622,20 @@ def _arrive(tables: Tables, state: State, u: float, age: float) -> int:
 
 @_compiled
 def _finish_prefill(
-    tables: Tables,
-    state: State,
-    rng: np.random.Generator,
-    index: int,
-    position: int,
-    residual: float,
-    age: float,
-) -> bool:
+    tables: Tables, state: State, index: int, position: int, residual: float, age: float
+) -> tuple[int, int]:
+    """Returns the GPU and the class, -1 and -1 if rejected."""
     member = state.members[state.buckets[index].start + position]
     g = _integer(member.where)
     tag = _integer(member.tag)
     gpu = state.gpus[g]
-    count = state.tallies.size
-    i = tag - gpu.role * count
-    if residual >= tables.roles[gpu.role].prefill_speed * tables.classes[i].per_prompt:
-        return False
+    i = tag - gpu.role * state.tallies.size
+    fixed = tables.roles[gpu.role]
+    if residual >= fixed.prefill_speed * tables.classes[i].per_prompt:
+        return _integer(NONE), _integer(NONE)
     _remove_member(state, index, position)
     gpu.prefilling = 0
+    state.scalars[0].slack += fixed.takes - 1
     service = state.service[tag]
     service.prefill -= 1
     service.prefill_moment -= age
@@ -470,20 +646,12 @@ def _finish_prefill(
     tally.prefill_completions += 1
     tally.prefilling -= 1
     _compete(tables, state, i)
-    _list_gpu(tables, state, g)
-    target = _route(tables, state, rng)
-    if target >= 0:
-        _start_decode(tables, state, target, i, age)
-        _list_gpu(tables, state, target)
-    else:
-        _join(tables, state, count + i, age)
-    if gpu.free_position >= 0 and state.queues[count].head >= 0:
-        _fill_slots(tables, state, g, age)
-    return True
+    return g, i
 
 
 @_compiled
-def _finish_decode(tables: Tables, state: State, index: int, position: int, residual: float, age: float) -> bool:
+def _finish_decode(tables: Tables, state: State, index: int, position: int, residual: float, age: float) -> int:
+    """Returns the GPU, -1 if rejected."""
     member = state.members[state.buckets[index].start + position]
     g = _integer(member.where)
     tag = _integer(member.tag)
@@ -493,9 +661,10 @@ def _finish_decode(tables: Tables, state: State, index: int, position: int, resi
     role = tables.roles[gpu.role]
     speed = role.rest_speed if gpu.prefilling == 0 else role.mixed_speed
     if residual >= speed * entry.per_output:
-        return False
+        return _integer(NONE)
     _remove_member(state, index, position)
     gpu.decodes -= 1
+    state.scalars[0].slack += 1
     gpu.earning -= entry.earning
     service = state.service[tag]
     service.decode -= 1
@@ -504,8 +673,7 @@ def _finish_decode(tables: Tables, state: State, index: int, position: int, resi
         state.roles[gpu.role].mixed_earning -= entry.earning
         state.roles[gpu.role].mixed_earning_moment -= entry.earning * age
     state.tallies[i].decode_completions += 1
-    _fill_slots(tables, state, g, age)
-    return True
+    return g
 
 
 @_compiled
@@ -513,9 +681,10 @@ def _abandon(tables: Tables, state: State, index: int, position: int, residual: 
     member = state.members[state.buckets[index].start + position]
     tag = _integer(member.tag)
     count = state.tallies.size
-    if residual >= tables.classes[tag if tag < count else tag - count].abandonment:
+    if residual >= tables.places[tag].abandonment:
         return False
     state.waiting[tag].abandoned += 1
+    state.scalars[0].slack += tag >= count
     _leave(tables, state, member.where, age)
     if tag < count:
         _compete(tables, state, tag)
@@ -551,7 +720,7 @@ def advance(tables: Tables, state: State, rng: np.random.Generator, until: float
         age = time - scalars.origin
         u = rng.random() * total - fleet.arrival_rate
         accepted = False
-        newcomer = _integer(NONE)
+        newcomer = freed = finished = _integer(NONE)
         if u < 0.0:
             newcomer = _arrive(tables, state, 1.0 + u / fleet.arrival_rate, age)
             accepted = True
@@ -565,12 +734,23 @@ def advance(tables: Tables, state: State, rng: np.random.Generator, until: float
                 position = min(_integer(u * bucket.per_bound), bucket.size - 1)
                 residual = u - position * bucket.bound
                 if index < fleet.first_prefill_bucket:
-                    accepted = _finish_decode(tables, state, index, position, residual, age)
+                    freed = _finish_decode(tables, state, index, position, residual, age)
+                    accepted = freed >= 0
                 elif index < fleet.first_waiting_bucket:
-                    accepted = _finish_prefill(tables, state, rng, index, position, residual, age)
+                    freed, finished = _finish_prefill(tables, state, index, position, residual, age)
+                    accepted = freed >= 0
                 else:
                     accepted = _abandon(tables, state, index, position, residual, age)
         if accepted:
+            if freed >= 0:
+                if fleet.gate_first == 1:
+                    _gate_at_once(tables, state, rng, freed, age)
+                fills = True
+                if finished >= 0:
+                    _list_gpu(tables, state, freed)
+                    fills = _seat_finished(tables, state, rng, freed, finished, age)
+                if fills:
+                    _fill_slots(tables, state, rng, freed, age)
             _gate(tables, state, rng, newcomer, age)
             events += 1
             total = fleet.arrival_rate
@@ -606,14 +786,19 @@ def load(
         _list_gpu(tables, state, decodes[k, 0])
     for k in range(prefills.shape[0]):
         _start_prefill(tables, state, prefills[k, 0], prefills[k, 1], 0.0)
+    state.scalars[0].slack -= decodes.shape[0]
     for tag in waiting:
+        state.scalars[0].slack -= tag >= count
         _join(tables, state, tag, 0.0)
         if tag < count:
             _compete(tables, state, tag)
-    while state.queues[count].head >= 0:
-        g = _route(tables, state, rng)
-        if g < 0:
-            break
-        _seat_head(tables, state, g, 0.0)
-        _list_gpu(tables, state, g)
-    _gate(tables, state, rng, _integer(NONE), 0.0)
+    if tables.fleet[0].gate_first == 1:
+        _gate_at_once(tables, state, rng, 0, 0.0)
+    for s in range(tables.sides.size):
+        while _waits(state, s):
+            g = _route(tables, state, rng, s)
+            if g < 0:
+                break
+            _seat_next(tables, state, rng, s, g, 0.0)
+            _list_gpu(tables, state, g)
+    _gate_at_once(tables, state, rng, 0, 0.0)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 
 from fluidopt.simulation.kernel import (
     BUCKET,
+    CHOICE,
     CLASS,
     COUNTERS,
     ENTRANT,
     EXHAUSTED,
     FLEET,
     GPU,
+    LINE,
     MARGIN,
     MEMBER,
     NONE,
-    QUEUE,
+    PLACE,
     REACHED,
     REQUEST,
     ROLE,
     ROLE_TALLY,
     SCALARS,
     SERVICE,
+    SIDE,
     TALLY,
     WAITING,
+    AnyArray,
     State,
     Tables,
     advance,
@@ -92,6 +97,45 @@ def _quantum(system: System) -> float:
     return largest / 2.0**bits if largest > 0 else 1.0
 
 
+class _Lines(NamedTuple):
+    """The lines before the decode: those common to a side come first, then those with a weight."""
+
+    of_class: IntArray  # (S, I) line of a class that waits on a side
+    weight: FloatArray  # of each line with a weight, by side
+    side: IntArray  # of each line with a weight
+    choice: IntArray  # of each line with a weight
+    bounds: FloatArray  # of each choice
+    first_choice: IntArray  # (S + 1,)
+
+
+def _decode_lines(system: System) -> _Lines:
+    count, sides = system.classes, system.sides
+    side, label = np.nonzero(system.side_weight)
+    of_class = np.repeat(count + np.arange(sides)[:, None], count, axis=1)
+    of_class[side, label] = count + sides + np.arange(side.size)
+    choices, bounds = [], [np.zeros(0)]
+    for s in range(sides):
+        group, bound = _group(system.side_weight[s])
+        choices.append(group[label[side == s]] + sum(map(len, bounds)))
+        bounds.append(bound)
+    first_choice = np.cumsum([len(bound) for bound in bounds])
+    weight = system.side_weight[side, label]
+    return _Lines(of_class, weight, side, np.concatenate(choices), np.concatenate(bounds), first_choice)
+
+
+def _places(system: System, of_class: IntArray, waiting_bucket: IntArray) -> AnyArray:
+    """The table of PLACE, (1 + S) * I."""
+    places = np.zeros((1 + system.sides, system.classes), dtype=PLACE)
+    places["abandonment"] = system.abandonment_rate
+    places["bucket"] = waiting_bucket
+    places["line"][0] = 0 if system.gate_fcfs else np.arange(system.classes)
+    places["line"][1:] = of_class
+    places["cumulative"][1:] = np.cumsum(system.side_share, axis=0)
+    last = system.sides - 1 - np.argmax(system.side_share[::-1] > 0, axis=0)  # rounding must not reach beyond it
+    places["cumulative"][1:][np.arange(system.sides)[:, None] >= last] = 2.0
+    return places.ravel()
+
+
 def _build_tables(system: System) -> tuple[Tables, FloatArray]:
     """The tables, and the bounds of the buckets."""
     speeds = system.decode_speeds()
@@ -108,18 +152,22 @@ def _build_tables(system: System) -> tuple[Tables, FloatArray]:
     fleet["first_waiting_bucket"] = first_waiting = first_prefill + prefill_bounds.size
     fleet["by_level"] = system.placement == FEWEST_DECODES
     fleet["idle_stride"] = system.role_gpus[prefills].sum()
+    fleet["holds"] = np.any(system.gate_hold > -np.inf)
+    fleet["fcfs"] = system.gate_fcfs
+    fleet["gate_first"] = system.gate_first
 
     classes = np.zeros(system.classes, dtype=CLASS)
     classes["per_prompt"] = 1.0 / system.prompt_tokens
     classes["per_output"] = 1.0 / system.output_tokens
-    classes["abandonment"] = system.abandonment_rate
     classes["earning"] = np.rint(system.decode_reward / system.output_tokens / _quantum(system))
-    for name in ("gate_base", "gate_slope", "gate_queue_target"):
+    for name in ("gate_base", "gate_slope", "gate_queue_target", "gate_hold"):
         classes[name] = getattr(system, name)
+    by_hold = np.argsort(system.gate_hold, kind="stable")
+    classes["leaf"][by_hold] = np.arange(system.classes)
     classes["alias_threshold"], classes["alias"] = _alias_table(system.arrival_rate)
     classes["decode_bucket"] = decode_group
     classes["prefill_bucket"] = first_prefill + prefill_group
-    classes["waiting_bucket"] = np.where(waiting_group >= 0, first_waiting + waiting_group, NONE)
+    waiting_bucket = np.where(waiting_group >= 0, first_waiting + waiting_group, NONE)
 
     roles = np.zeros(system.roles, dtype=ROLE)
     mode = system.role_prefill_mode
@@ -129,8 +177,19 @@ def _build_tables(system: System) -> tuple[Tables, FloatArray]:
     roles["decode_slots"] = system.role_decode_slots
     roles["slots"] = system.role_slots
     roles["prefills"] = prefills
+    roles["takes"] = prefills & (system.role_decode_slots == system.role_slots)
+    roles["stays"] = system.role_stays
+    roles["side"] = system.role_side
+
+    lines = _decode_lines(system)
+    router_order = system.router_order[np.argsort(system.role_side[system.router_order], kind="stable")]
+    sides = np.zeros(system.sides, dtype=SIDE)
+    last_role = np.cumsum(np.bincount(system.role_side, minlength=system.sides))
+    sides["first_role"][1:], sides["last_role"] = last_role[:-1], last_role
+    sides["first_choice"], sides["last_choice"] = lines.first_choice[:-1], lines.first_choice[1:]
+    places = _places(system, lines.of_class, waiting_bucket)
     bounds = np.concatenate([decode_bounds, prefill_bounds, waiting_bounds])
-    return Tables(fleet, classes, roles, system.router_order.copy()), bounds
+    return Tables(fleet, classes, roles, router_order, sides, places, system.gate_hold[by_hold]), bounds
 
 
 def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
@@ -145,6 +204,16 @@ def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
     scalars = np.zeros(1, dtype=SCALARS)
     scalars["next_time"] = np.nan
     scalars["pool_free"] = NONE
+    scalars["slack"] = system.role_gpus @ system.role_decode_slots
+    choosing = _decode_lines(system)
+    lines = np.full(count + system.sides + choosing.weight.size, NONE, dtype=LINE)
+    lines["weight"] = lines["open_lines"] = 0
+    chosen = lines[count + system.sides :]
+    chosen["weight"], chosen["choice"], chosen["common"] = choosing.weight, choosing.choice, count + choosing.side
+    choices = np.zeros(choosing.bounds.size, dtype=CHOICE)
+    choices["bound"] = choosing.bounds
+    capacity = np.bincount(choosing.choice, minlength=choosing.bounds.size)
+    choices["start"] = np.cumsum(capacity) - capacity
     levels = int(system.role_decode_slots.max()) + 1 if system.placement == FEWEST_DECODES else 1
     leaves = max(2, 1 << (count - 1).bit_length())
     return State(
@@ -158,8 +227,10 @@ def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
         tallies=np.zeros(count, dtype=TALLY),
         roles=np.zeros(system.roles, dtype=ROLE_TALLY),
         service=np.zeros(system.roles * count, dtype=SERVICE),
-        waiting=np.zeros(2 * count, dtype=WAITING),
-        queues=np.full(count + 1, NONE, dtype=QUEUE),
+        waiting=np.zeros((1 + system.sides) * count, dtype=WAITING),
+        lines=lines,
+        choices=choices,
+        choice_members=np.zeros(choosing.weight.size, dtype=np.int32),
         pool=np.empty(0, dtype=REQUEST),
         weights=np.zeros(bounds.size),
         buckets=buckets,
@@ -218,11 +289,34 @@ def _spread(system: System, start: Start) -> tuple[IntArray, IntArray]:
     return np.concatenate(prefills), np.concatenate(decodes)
 
 
+def _queue_up(system: System, start: Start) -> IntArray:
+    """The waiting requests as tags in the order of the queues."""
+    shares = start.decode_queue * system.side_share
+    by_side = np.floor(shares).astype(np.int64)
+    rest = start.decode_queue - by_side.sum(axis=0)
+    order = np.argsort(by_side - shares, axis=0, kind="stable")  # largest remainders first
+    np.put_along_axis(
+        by_side, order, np.take_along_axis(by_side, order, 0) + (np.arange(len(order))[:, None] < rest), 0
+    )
+    if system.gate_fcfs:
+        queue = _interleave(start.prefill_queue)
+    else:
+        queue = np.repeat(np.arange(system.classes), start.prefill_queue)
+    buffers = [(1 + s) * system.classes + _interleave(counts) for s, counts in enumerate(by_side)]
+    return np.concatenate([queue, *buffers])
+
+
 def _interleave(counts: IntArray) -> IntArray:
     """Class of each place in a queue of `counts` requests, the classes evenly mixed."""
     labels = np.repeat(np.arange(counts.size), counts)
     rank = np.arange(labels.size) - np.repeat(np.cumsum(counts) - counts, counts)
     return labels[np.argsort((rank + 0.5) / counts[labels], kind="stable")]
+
+
+def _by_stage(values: AnyArray, classes: int) -> tuple[AnyArray, AnyArray]:
+    """Per class before the prefill, and before the decode over all sides, from values by tag."""
+    by_place = values.reshape(-1, classes)
+    return by_place[0].copy(), by_place[1:].sum(axis=0)
 
 
 class _Run:
@@ -234,8 +328,7 @@ class _Run:
         self.system, self.rng, self.max_waiting = system, rng, max_waiting
         self.events_left = max_events
         prefills, decodes = _spread(system, start)
-        queue = np.repeat(np.arange(system.classes), start.prefill_queue)
-        waiting = np.concatenate([queue, system.classes + _interleave(start.decode_queue)])
+        waiting = _queue_up(system, start)
         if waiting.size > max_waiting:
             rule = f"at least the {waiting.size} requests waiting at the start"
             raise reject("max_waiting", "simulate", rule, max_waiting)
@@ -245,7 +338,7 @@ class _Run:
         needed = [
             classes["decode_bucket"][np.concatenate([decodes[:, 1], label])],
             classes["prefill_bucket"][np.concatenate([prefills[:, 1], label])],
-            classes["waiting_bucket"][label],
+            self.tables.places["bucket"][waiting],
         ]
         used = np.concatenate(needed)
         members = np.bincount(used[used >= 0], minlength=bounds.size)
@@ -270,7 +363,7 @@ class _Run:
 
     def _check_waiting(self, time: float) -> None:
         count = self.system.classes
-        queued, buffered = self.state.waiting["count"][:count], self.state.waiting["count"][count:]
+        queued, buffered = _by_stage(self.state.waiting["count"], count)
         if int(queued.sum() + buffered.sum()) <= self.max_waiting:
             return
         i = int(np.argmax(queued + buffered))
@@ -297,7 +390,7 @@ class _Run:
     def counts(self) -> Start:
         """The present state."""
         shape = (self.system.roles, self.system.classes)
-        prefill_queue, decode_queue = self.state.waiting["count"].reshape(2, -1)
+        prefill_queue, decode_queue = _by_stage(self.state.waiting["count"], self.system.classes)
         return Start(
             prefill_queue=prefill_queue,
             decode_queue=decode_queue,
@@ -310,8 +403,8 @@ class _Run:
         system, state = self.system, self.state
         shape = (system.roles, system.classes)
         counters = {name: state.tallies[name].copy() for name in COUNTERS.split()}
-        abandoned_prefill, abandoned_decode = state.waiting["abandoned"].reshape(2, -1).copy()
-        queue_time = (state.waiting["count"] * window - state.waiting["moment"]).reshape(2, -1)
+        abandoned_prefill, abandoned_decode = _by_stage(state.waiting["abandoned"], system.classes)
+        queue_time = _by_stage(state.waiting["count"] * window - state.waiting["moment"], system.classes)
         service = state.service
         prefill_time = (service["prefill"] * window - service["prefill_moment"]).reshape(shape)
         decode_time = (service["decode"] * window - service["decode_moment"]).reshape(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +14,9 @@ IntArray = npt.NDArray[np.int64]
 
 UNIFORM, FEWEST_DECODES = 0, 1
 """Values of `System.placement`: which idle GPU starts a prefill."""
+
+
+_DEFAULT: Any = None  # of an array whose shape the others give
 
 
 def reject(parameter: str, caller: str, rule: str, value: object) -> ValueError:
@@ -44,7 +47,17 @@ class System:
             Q_p,i - gate_queue_target_i, then by the lowest index. The occupancy gate of [L26], section 4.1, is slope
             1/x_i, base 0 (x_i = 0: slope 0 and a base above every other key); prioritize-and-route, section 4.2.1, is
             slope 0, base -D_i/P_i.
-        router_order: (R,) roles in order of preference for a decode, each once.
+        gate_hold: (I,) class i is admitted only while the decode backlog of the fleet (decodes waiting less free decode
+            slots) is below -gate_hold_i; -inf, the default, admits it always. Needs class queues.
+        gate_fcfs: the gate admits whoever came first, of whatever class; the keys above then have no meaning.
+        gate_first: of a slot that gets free, the gate decides before the decodes that wait do.
+        role_stays: (R,) 1 where a request is decoded in the slot that prefilled it, which then is both (`role_slots` at
+            most `role_decode_slots`); default 0.
+        role_side: (R,) side of the role, default 0. Each of the S sides has its own decode buffer and serves only it.
+        side_share: (S, I) probability that a decode of class i goes to the side; one side by default.
+        side_weight: (S, I) a free slot picks among the waiting classes of its side with probabilities in proportion;
+            classes of weight 0 wait in one FCFS line that comes after these. Default 0: plain FCFS.
+        router_order: (R,) roles in order of preference for a decode within its side, each once.
         placement: 0 puts a prefill on a uniformly chosen idle GPU, 1 on one with the fewest decodes, uniform among
             these.
         prefill_reward, decode_reward: (I,) money for a completed prefill and for a completed decode: (0, w_i) if
@@ -72,21 +85,29 @@ class System:
     placement: int
     prefill_reward: FloatArray
     decode_reward: FloatArray
+    gate_hold: FloatArray = field(default=_DEFAULT)
+    gate_fcfs: bool = False
+    gate_first: bool = False
+    role_stays: IntArray = field(default=_DEFAULT)
+    role_side: IntArray = field(default=_DEFAULT)
+    side_share: FloatArray = field(default=_DEFAULT)
+    side_weight: FloatArray = field(default=_DEFAULT)
 
     def __post_init__(self) -> None:
+        self._fill_defaults()
         sizes = {
             "mode": np.size(self.mode_chunk),
             "role": np.size(self.role_gpus),
             "class": np.size(self.arrival_rate),
         }
-        for field in fields(self):
-            if field.name == "placement":
+        for each in fields(self):
+            if each.name in ("placement", "gate_fcfs", "gate_first"):
                 continue
-            kind = field.name.partition("_")[0]
+            kind = each.name.partition("_")[0]
             size = sizes["role" if kind == "router" else kind if kind in sizes else "class"]
-            integral = kind in ("role", "router")
-            array = _checked_array(field.name, getattr(self, field.name), (size,), integral=integral)
-            object.__setattr__(self, field.name, array)
+            shape = (self.side_share.shape[0], size) if kind == "side" else (size,)
+            array = _checked_array(each.name, getattr(self, each.name), shape, integral=kind in ("role", "router"))
+            object.__setattr__(self, each.name, array)
         for label, size in sizes.items():
             if size == 0:
                 raise ValueError(f"System needs at least one {label}. Got none.")
@@ -94,6 +115,23 @@ class System:
             raise reject("placement", "System", "0 (uniform) or 1 (fewest decodes)", self.placement)
         self._check_rates()
         self._check_roles()
+        self._check_policy()
+
+    def _fill_defaults(self) -> None:
+        classes, roles = np.size(self.arrival_rate), np.size(self.role_gpus)
+        defaults = {
+            "gate_hold": np.full(classes, -np.inf),
+            "role_stays": np.zeros(roles, dtype=np.int64),
+            "role_side": np.zeros(roles, dtype=np.int64),
+            "side_share": np.ones((1, classes)),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is _DEFAULT:
+                object.__setattr__(self, name, value)
+        if np.ndim(self.side_share) != 2:
+            raise reject("side_share", "System", "an array of shape (sides, classes)", self.side_share)
+        if self.side_weight is _DEFAULT:
+            object.__setattr__(self, "side_weight", np.zeros(np.shape(self.side_share)))
 
     def _check_rates(self) -> None:
         for name in ("arrival_rate", "abandonment_rate", "mode_chunk"):
@@ -132,6 +170,37 @@ class System:
         if not np.array_equal(np.sort(self.router_order), np.arange(self.role_gpus.size)):
             raise reject("router_order", "System", "each role once", self.router_order)
 
+    def _check_policy(self) -> None:
+        for name in ("gate_fcfs", "gate_first"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise reject(name, "System", "true or false", getattr(self, name))
+        if self.gate_fcfs and np.any(self.gate_hold > -np.inf):
+            raise reject("gate_hold", "System", "-inf where gate_fcfs is true", self.gate_hold)
+        _check_each("role_stays", self.role_stays, lambda a: (a == 0) | (a == 1), "0 or 1")
+        stays = self.role_stays == 1
+        if np.any(self.role_slots[stays] > self.role_decode_slots[stays]):
+            raise reject("role_slots", "System", "at most role_decode_slots where role_stays is 1", self.role_slots)
+        if self.gate_first and np.any(stays):
+            raise reject("gate_first", "System", "false where role_stays is 1", self.gate_first)
+        sides = self.sides
+        _check_each("role_side", self.role_side, lambda a: (a >= 0) & (a < sides), f"a side, 0 to {sides - 1}")
+        for name in ("side_share", "side_weight"):
+            _check_each(name, getattr(self, name), lambda a: a >= 0, ">= 0")
+        total = self.side_share.sum(axis=0)
+        if not np.all(np.abs(total - 1) < 1e-9):
+            raise reject("side_share", "System", "shares that add up to 1 for each class", total)
+        if sides > 1:
+            slots = np.bincount(self.role_side, self.role_gpus * self.role_decode_slots, minlength=sides)
+            closed = np.flatnonzero((slots == 0) & np.any(self.side_share > 0, axis=1))
+            if closed.size:
+                rule = f"0 for side {closed[0]}, which has no decode slot"
+                raise reject("side_share", "System", rule, self.side_share[closed[0]])
+
+    @property
+    def sides(self) -> int:
+        """Number of sides S, groups of roles with a decode buffer of their own."""
+        return len(self.side_share)
+
     @property
     def classes(self) -> int:
         """Number of classes I."""
@@ -164,8 +233,9 @@ class System:
 class Start:
     """A state of the fleet as counts of requests: (I,) in the two queues, (R, I) in service in each role.
 
-    A replication starts from one, spreading the requests of a role over its GPUs as evenly as the caps allow and mixing
-    the classes evenly along the decode buffer; it reports the states its window opened and closed in as the same type.
+    A replication starts from one, spreading the requests of a role over its GPUs as evenly as the caps allow, mixing
+    the classes evenly along the queues and dividing the decode queue over the sides by `System.side_share`; it reports
+    the states its window opened and closed in as the same type.
     """
 
     prefill_queue: IntArray
@@ -184,11 +254,11 @@ class Start:
         shape = np.shape(self.prefill)
         if len(shape) != 2:
             raise reject("prefill", "Start", "an array of shape (roles, classes)", self.prefill)
-        for field in fields(self):
-            expected = shape[1:] if field.name.endswith("queue") else shape
-            counts = _checked_array(field.name, getattr(self, field.name), expected, integral=True, caller="Start")
-            _check_each(field.name, counts, lambda a: a >= 0, ">= 0", caller="Start")
-            object.__setattr__(self, field.name, counts)
+        for each in fields(self):
+            expected = shape[1:] if each.name.endswith("queue") else shape
+            counts = _checked_array(each.name, getattr(self, each.name), expected, integral=True, caller="Start")
+            _check_each(each.name, counts, lambda a: a >= 0, ">= 0", caller="Start")
+            object.__setattr__(self, each.name, counts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -266,7 +336,10 @@ def _checked_array(
     if array.dtype.kind not in ("iu" if integral else "iuf"):
         raise reject(name, caller, "an array of integers" if integral else "an array of numbers", array.dtype.name)
     array = array.astype(np.int64 if integral else np.float64)
-    if not integral and name != "mode_time" and not np.all(np.isfinite(array)):
+    if name == "gate_hold":
+        if np.any(np.isnan(array)):
+            raise reject(name, caller, "numbers or -inf", array)
+    elif not integral and name != "mode_time" and not np.all(np.isfinite(array)):
         raise reject(name, caller, "finite", array)
     array.flags.writeable = False
     return array

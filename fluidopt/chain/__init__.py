@@ -1,0 +1,16 @@
+"""The exact Markov chain of a small fleet: state space, generator, stationary and transient law."""
+
+from fluidopt.chain.exact import ChainResult, exact_chain
+from fluidopt.chain.generator import StateSpace, enumerate_chain
+from fluidopt.chain.stationary import stationary_law
+from fluidopt.chain.transient import TransientLaw, transient_law
+
+__all__ = [
+    "ChainResult",
+    "StateSpace",
+    "TransientLaw",
+    "enumerate_chain",
+    "exact_chain",
+    "stationary_law",
+    "transient_law",
+]
