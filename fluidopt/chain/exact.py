@@ -63,7 +63,7 @@ class ChainResult:
 
     @property
     def residual(self) -> float:
-        """Sum of |pi Q| relative to the flow sum of pi |diag Q|."""
+        """Sum of absolute entry of pi Q relative to the flow sum of pi absolute diagonal entry of Q."""
         return relative_residual(self.generator, self.law)
 
     @cached_property
