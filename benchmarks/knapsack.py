@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import highspy
 import numpy as np
 
 if __name__ == "__main__" and not __package__:
@@ -88,6 +89,7 @@ def highs_time(program: LinearProgram, repeats: int = 3) -> float:
         highs = new_highs(program)
         highs.setOptionValue("solver", "ipm")
         times.append(best(partial(run, highs), 1))
+        assert highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
     return min(times)
 
 

@@ -46,7 +46,7 @@ Inputs = Annotated[
 Gpus = Annotated[int | None, typer.Option(help="Number of GPUs in the fleet; a trace needs it.")]
 Template = Annotated[
     Path | None,
-    typer.Option("--with", metavar="SCENARIO", help="With a trace: take GPU, prices and charging from this scenario."),
+    typer.Option("--with", metavar="SCENARIO", help="With a trace: take all but the classes from this scenario."),
 ]
 Classes = Annotated[int | None, typer.Option(help="With a trace: how many classes to form (default: chosen).")]
 Patience = Annotated[
@@ -216,6 +216,8 @@ def main() -> None:
 def _read_model(
     inputs: list[Path], gpus: int | None, template: Path | None, classes: int | None, abandonment_rate: float
 ) -> FluidModel:
+    from dataclasses import replace
+
     from fluidopt.model import FluidModel
     from fluidopt.scenario import read_scenario
 
@@ -233,7 +235,9 @@ def _read_model(
 
     base = read_scenario(template) if template is not None else reference_model().scenario
     workload = read_trace(inputs).classify(classes, abandonment_rate=abandonment_rate).per_gpu(gpus)
-    return FluidModel(workload, base.gpu, prices=base.prices, charging=base.charging)
+    return FluidModel.from_scenario(
+        replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
+    )
 
 
 def _resized(scenario: Scenario, gpus: int | None) -> Scenario:
@@ -276,6 +280,7 @@ def _frame_data(frame: pd.DataFrame | pd.Series[Any]) -> Any:
 def _plan_data(plan: Plan) -> dict[str, Any]:
     return {
         "revenue_rate": plan.revenue_rate,
+        "objective": plan.objective,
         "modes": _frame_data(plan.modes),
         "allocation": _frame_data(plan.allocation),
         "thresholds": _frame_data(plan.thresholds),
@@ -305,6 +310,8 @@ def _result_data(result: SimulationResult) -> dict[str, Any]:
 def _write_figure(path: Path, plan: Plan, result: SimulationResult | None) -> None:
     from fluidopt.plots import plot_plan, plot_summary
 
+    if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(path)!r}")
     figure = plot_plan(plan) if result is None else plot_summary(plan, result)
     try:
         figure.savefig(path)
@@ -349,10 +356,8 @@ def _show_classes(console: Console, workload: Workload) -> None:
 
 
 def _show_plan(console: Console, plan: Plan) -> None:
-    scenario = plan.model.scenario
     console.print(
-        f"[bold]Plan[/]: {plan.revenue_rate:.6g} money/s per GPU, {scenario.charging} charging "
-        f"({plan.solution.method}; {plan.certificate})\n"
+        f"[bold]Plan[/]: {plan.headline.replace('[', chr(92) + '[')} ({plan.solution.method}; {plan.certificate})\n"
     )
     modes = plan.modes.rename(
         columns={
@@ -426,11 +431,10 @@ def _show_result(console: Console, result: SimulationResult) -> None:
         f"({result.warmup:g} s warm-up), start {result.start}, seed {result.seed}"
     )
     console.print(table)
-    gap = 1 - result.revenue_rate.mean / result.policy.revenue_bound
     console.print(
-        f"\nThe fleet earns {result.revenue_rate.mean:.5g} ± {result.revenue_rate.half_width:.2g} per GPU, {gap:.1%} "
-        f"below the fluid optimum {result.policy.revenue_bound:.5g}. The optimum is a limit for large fleets: |z| "
-        "above 2 is what the finite fleet does, not noise."
+        f"\nThe fleet earns {result.revenue_rate.mean:.5g} ± {result.revenue_rate.half_width:.2g} per GPU"
+        f"{result.against_plan}. The plan is a limit for large fleets: |z| above 2 is what the finite fleet does, not "
+        "noise."
     )
 
 

@@ -72,7 +72,7 @@ class FluidModel:
             gpu=tuple(gpus) if isinstance(gpus, Sequence) else gpus,
             prices=prices,
             charging=charging,
-            service_levels=tuple(service_levels),
+            service_levels=tuple(service_levels) if isinstance(service_levels, Sequence) else service_levels,
             source=workload.source,
         )
         self.symbolic: SymbolicProgram
@@ -100,10 +100,16 @@ class FluidModel:
         )
         if scenario.gpus is not None:
             model.scenario = replace(model.scenario, gpus=scenario.gpus)
-        for row in scenario.rows:
-            model.subject_to(row.row, name=row.name, where=row.where or True, meaning=row.meaning)
+        for at, row in enumerate(scenario.rows):
+            try:
+                model.subject_to(row.row, name=row.name, where=row.where or True, meaning=row.meaning)
+            except InvalidInput as error:
+                raise InvalidInput(f"rows[{at}] {row.name!r}: {error}") from None
         if scenario.objective is not None:
-            model.maximize(scenario.objective)
+            try:
+                model.maximize(scenario.objective)
+            except InvalidInput as error:
+                raise InvalidInput(f"objective: {error}") from None
         return model
 
     @property
@@ -156,6 +162,8 @@ class FluidModel:
         Raises:
             InvalidInput: where the row is not a relation, not linear, or uses what the model does not determine.
         """
+        if not isinstance(name, str) or not name:
+            raise InvalidInput(f"subject_to: name must be a text that is not empty; got {name!r}")
         if isinstance(relation, str):
             relation = parse_relation(relation, self.symbols)
         if isinstance(where, str):

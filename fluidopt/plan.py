@@ -403,24 +403,35 @@ class Plan:
     @cached_property
     def binding(self) -> tuple[str, ...]:
         """The limits that hold the objective back, in words, with what relaxing each by one unit is worth."""
-        sentences = []
+        found: list[tuple[float, str]] = []
         rows = {row.name: row for row in self.model.symbolic.constraints}
         for block in self.program.rows:
             row = rows.get(block.name)
-            if row is None:  # a tangent to a convex penalty
-                continue
-            if row.sense == "==" and row.name != "prefill_balance":
+            if row is None or row.name in {"prefill_slots", "decode_balance"}:  # tangents, and what limits nobody
                 continue
             for place in np.argwhere(block.numbers >= 0):
-                price = float(self.solution.duals[block.numbers[tuple(place)]])
+                at = block.numbers[tuple(place)]
+                price = float(self.solution.duals[at])
                 if abs(price) <= SIGNIFICANT * (1.0 + abs(self.objective)):
                     continue
                 labels = block.labels_at(row.over, place)
                 meaning = row.sentence(labels)
-                if block.name == "prefill_balance" and price < 0:
+                if row.name == "fleet":
+                    meaning = f"all GPUs of type {labels['gpu']} are in use"
+                elif row.name == "prefill_balance" and price < 0:
                     meaning = f"requests of {labels['class']} arrive that must be dealt with"
-                sentences.append(f"{meaning}: {price:.6g} {row.dual_unit}")
-        return tuple(sentences)
+                unit = row.dual_unit.replace("money/s", "units of the objective").replace(
+                    "money", "units of the objective"
+                )
+                right = self.program.row_upper[at] if np.isfinite(self.program.row_upper[at]) else 0.0
+                found.append(
+                    (abs(price * right), f"{meaning}: {price:.6g} {unit if self._other_objective else row.dual_unit}")
+                )
+        return tuple(sentence for _, sentence in sorted(found, key=lambda each: -each[0]))
+
+    @property
+    def _other_objective(self) -> bool:
+        return self.model.scenario.objective is not None
 
     # ---- what to know about this plan -------------------------------------------------------------------------
 
@@ -442,7 +453,7 @@ class Plan:
                 if self.model.scenario.charging == "separate"
                 else "decode slots are faster in mixed modes here, so Proposition 3.2 does not apply"
                 if not self.decode_buffer_vanishes
-                else "added rows or another objective ask for it"
+                else "added rows ask for it, or another objective leaves it open"
             )
             found.append(f"requests wait for decode in {shorten(waiting)}: {why}")
         if self.model.scenario.charging == "separate" and waiting:
@@ -473,6 +484,17 @@ class Plan:
             if not any(speed >= best * (1 - 1e-12) for speed, prefills in speeds if not prefills):
                 return False
         return True
+
+    @property
+    def headline(self) -> str:
+        """Revenue rate and, where it is something else, the objective, in one line."""
+        line = f"{self.revenue_rate:.6g} money/s per GPU, {self.model.scenario.charging} charging"
+        if self._other_objective:
+            return f"{line}; objective {self.objective:.6g} ({self.model.scenario.objective})"
+        penalties = self.revenue_rate - self.objective
+        if penalties > SIGNIFICANT * (1.0 + abs(self.objective)):
+            line += f"; less penalties of {penalties:.6g}: {self.objective:.6g}"
+        return line
 
     # ---- onwards ----------------------------------------------------------------------------------------------
 
@@ -550,7 +572,7 @@ class Plan:
 
     def __repr__(self) -> str:
         lines = [
-            f"Plan: {self.revenue_rate:.6g} money/s per GPU ({self.model.scenario.charging} charging)",
+            f"Plan: {self.headline}",
             f"{self.solution.method}; {self.certificate}",
             "",
             text(self.modes),
@@ -566,7 +588,7 @@ class Plan:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        title = f"Plan: {self.revenue_rate:.6g} money/s per GPU ({self.model.scenario.charging} charging)"
+        title = f"Plan: {self.headline}"
         parts = [
             html(self.modes, title=title, note=f"{self.solution.method}; {self.certificate}"),
             html(self.allocation, title="Allocation (requests/GPU; throughput in requests/s/GPU)"),

@@ -60,9 +60,8 @@ def plot_summary(plan: Plan, result: SimulationResult) -> Figure:
 
 
 def _earned(result: SimulationResult) -> str:
-    rate, bound = result.revenue_rate, result.policy.revenue_bound
-    share = f", {rate.mean / bound:.1%} of the fluid optimum {bound:.4g}" if bound else ""
-    return f"{rate.mean:.4g} ± {rate.half_width:.2g} money/s per GPU{share}"
+    rate = result.revenue_rate
+    return f"{rate.mean:.4g} ± {rate.half_width:.2g} money/s per GPU{result.against_plan}"
 
 
 def _figure(down: int, across: int, *, rows: int) -> tuple[Figure, Any]:

@@ -27,7 +27,8 @@ def number(value: Any) -> str:
     if 1e-3 <= abs(value) < 1e5:
         decimals = 4 if abs(value) < 1 else max(0, 3 - math.floor(math.log10(abs(value))))
         return f"{value:.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:.0f}"
-    return f"{value:.3e}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def shorten(names: Sequence[str], *, most: int = 6, between: str = ", ") -> str:

@@ -360,3 +360,33 @@ def test_the_construction_says_when_its_condition_fails():
         )
     with pytest.raises(fo.InvalidInput, match=r"kappa < \(B-1\)/B"):
         model.solve().without_decode_queue()
+
+
+def test_a_refused_change_leaves_the_solver_as_it_was():
+    model = reference_model()
+    solver = fo.Solver(model)
+    solver.solve()
+    for changes in ({"P": [0.0, 3000.0]}, {"D": 0.0}, {"tau": 0.0}):
+        with pytest.raises(fo.InvalidInput, match="must be above 0"):
+            solver.solve(changes)
+    with pytest.raises(fo.SolverFailure):
+        solver.solve({"P": [1e-200, 3000.0]})
+    dearer = fo.FluidModel(model.workload, model.gpu_types, prices=fo.TokenPrices(prompt=0.1, output=0.3))
+    assert solver.solve({"c_d": 0.3}).objective == pytest.approx(dearer.solve().revenue_rate, rel=1e-9)
+
+
+def test_many_re_solves_need_no_solution_at_the_numbers_held():
+    crowded = rebuilt(reference_model(), abandonment_rate=np.zeros(2))
+    many = fo.Solver(crowded).solve_many({"lambda": [[0.1, 0.1], [0.2, 0.2]]})
+    np.testing.assert_allclose(many.objective, [61.0, 122.0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("changes", [[1], "lambda", {"lambda": "x"}, {"lambda": [[1.0], [1.0, 2.0]]}])
+def test_changes_that_are_no_numbers_are_named(changes):
+    with pytest.raises(fo.InvalidInput, match="changes must"):
+        fo.Solver(reference_model()).solve_many(changes)
+
+
+def test_only_models_are_held():
+    with pytest.raises(fo.InvalidInput, match="model must be a FluidModel; got 3"):
+        fo.Solver(3)  # type: ignore[arg-type]

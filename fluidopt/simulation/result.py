@@ -83,6 +83,16 @@ class SimulationResult:
         """Revenue rate, money/s per GPU."""
         return Estimate.of(self.values["revenue_rate"])
 
+    @property
+    def against_plan(self) -> str:
+        """How far the mean revenue is from the plan's, in words; empty where the plan earns nothing."""
+        plan = self.policy.revenue_bound
+        if plan <= 0:
+            return ""
+        gap = 1 - self.revenue_rate.mean / plan
+        what = "the plan's" if self.policy.scenario.objective is not None else "the fluid optimum"
+        return f", {abs(gap):.1%} {'below' if gap >= 0 else 'above'} {what} {plan:.6g}"
+
     def estimate(self, quantity: str, of: str | None = None) -> Estimate:
         """One quantity, of one class or role where it has one (names in the class docstring)."""
         if quantity not in self.values:
@@ -195,13 +205,11 @@ class SimulationResult:
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        gap = 1 - self.revenue_rate.mean / self.policy.revenue_bound if self.policy.revenue_bound else float("nan")
         return "\n".join(
             [
                 f"Simulation of {self.policy.kind}, {self.policy.gpus} GPUs: {self.replications} replications of "
                 f"{self.horizon:g} s, {self.warmup:g} s of them warm-up, start {self.start}, seed {self.seed}",
-                f"Revenue rate {self.revenue_rate} per GPU, {gap:.1%} below the fluid optimum "
-                f"{self.policy.revenue_bound:.6g}",
+                f"Revenue rate {self.revenue_rate} per GPU{self.against_plan}",
                 "",
                 text(self.to_frame(), max_rows=80),
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,6 +85,10 @@ class ResolvedMany:
         return np.where(block.numbers >= 0, vectors[:, block.numbers], np.nan)
 
 
+# Token counts and iteration times divide; 0 has no meaning.
+_POSITIVE = {"P", "D", "tau"}
+
+
 class Solver:
     """A model held for re-solves. Changes add up: each `solve` starts from what the last one left.
 
@@ -98,7 +103,9 @@ class Solver:
     """
 
     def __init__(self, model: FluidModel, *, options: SolverOptions | None = None) -> None:
-        if any(added.cut is not None for added in model.copy()._additions):
+        if not hasattr(model, "symbolic"):
+            raise InvalidInput(f"Solver: model must be a FluidModel; got {model!r}")
+        if any(added.cut is not None for added in model._additions):
             raise InvalidInput("Solver: a convex penalty (slot_tpot with penalty) is not linear; use FluidModel.solve")
         self._options = checked(options)
         self._tolerance = self._options.tolerance or 1e-7
@@ -127,10 +134,16 @@ class Solver:
             InfeasibleModel: no solution (call `FluidModel.solve` for the reason in words).
             SolverFailure: no certified answer.
         """
-        changed = self._checked(changes or {})
-        if changed:
-            self._lowering.change(changed)
-        start = self._apply(changed.keys())
+        changes = {} if changes is None else changes
+        _check_mapping(changes)
+        changed = self._checked(changes)
+        before = {name: self._lowering.numbers.values[name] for name in changed}
+        self._lowering.change(changed)
+        try:
+            start = self._apply(changed.keys())
+        except SolverFailure:
+            self._lowering.change(before)
+            raise
         if start == "warm" and (same := self._same_basis()) is not None:
             return same
         self._hand_over()
@@ -191,14 +204,19 @@ class Solver:
             InvalidInput: as `solve`, or first axes that differ.
             SolverFailure: no certified answer for an entry.
         """
-        columns = {name: np.asarray(value, dtype=float) for name, value in changes.items()}
+        _check_mapping(changes)
+        try:
+            columns = {name: np.asarray(value, dtype=float) for name, value in changes.items()}
+        except (TypeError, ValueError):
+            raise InvalidInput(f"Solver.solve_many: changes must be arrays of numbers; got {changes!r}") from None
         counts = {name: value.shape[:1] for name, value in columns.items()}
         if not columns or len(set(counts.values())) > 1 or () in counts.values():
             raise InvalidInput(f"Solver.solve_many: every change needs the same first axis; got {counts}")
         count = next(iter(counts.values()))[0]
         before = {name: self._lowering.numbers.values.get(name) for name in columns}
         if self._program is None:
-            self.solve()
+            with contextlib.suppress(InfeasibleModel):  # the numbers held may have no solution, others may
+                self.solve()
         rows, width = self._held().shape
         many = Batch(self._held(), count)
         bases = 0
@@ -261,6 +279,8 @@ class Solver:
                 ) from None
             if not (np.isfinite(new).all() and (new >= 0).all()):
                 raise InvalidInput(f"Solver.solve: {name} must be finite and at least 0; got {value!r}")
+            if name in _POSITIVE and not (new > 0).all():
+                raise InvalidInput(f"Solver.solve: {name} must be above 0; got {value!r}")
             if not np.array_equal(new, present):
                 checked[name] = new
         return checked
@@ -289,8 +309,9 @@ class Solver:
         return "warm"
 
     def _load(self, program: LinearProgram) -> None:
-        scaled, self._scaling = scale(program)
+        scaled, scaling = scale(program)
         self._highs = highs.new_highs(scaled)
+        self._scaling = scaling
         self._method = "simplex" if program.shape[0] <= highs.SIMPLEX_ROWS else "ipm"
         self._highs.setOptionValue("solver", self._method)
         if np.isfinite(self._options.time_limit):
@@ -343,6 +364,11 @@ class Solver:
         self._load(program)
         highs.run(self._highs)
         return "cold: the change was too large for simplex from the last basis"
+
+
+def _check_mapping(changes: object) -> None:
+    if not isinstance(changes, Mapping):
+        raise InvalidInput(f"Solver: changes must map parameter names to numbers; got {changes!r}")
 
 
 class _Dependencies:

@@ -1,0 +1,147 @@
+"""The terminal as its user meets it: what is printed, what is JSON, how mistakes end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCENARIO = """
+[prices]
+prompt = 0.1
+output = 0.2
+[gpu]
+batch_size = 16
+chunk_size = 256
+curve = { alpha = 0.0174, beta = 6.2e-5, solo = 0.022 }
+[[classes]]
+name = "code"
+arrival_rate = 0.5
+prompt_tokens = 300
+output_tokens = 1000
+abandonment_rate = 0.1
+[[classes]]
+name = "summarise"
+arrival_rate = 0.5
+prompt_tokens = 3000
+output_tokens = 400
+abandonment_rate = 0.1
+"""
+TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
+    f"2023-11-16 18:17:{at % 60:02d}.{at:07d},{200 + 37 * at % 4000},{10 + 13 * at % 700}\n" for at in range(60)
+)
+
+
+def run(*words: str, cwd: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fluidopt", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env={"COLUMNS": str(columns), "PATH": "/usr/bin:/bin"},
+    )
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    path = tmp_path / "scenario.toml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def test_the_demo_runs_the_whole_line_and_fits_80_columns(tmp_path):
+    done = run("demo", cwd=tmp_path, columns=200)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for part in ("Classes", "Plan", "Price thresholds", "Held back by", "Policy", "Simulated check", "fluid optimum"):
+        assert part in done.stdout
+    assert (tmp_path / "fluidopt-demo.png").stat().st_size > 10_000
+
+
+def test_an_idle_fleet_is_no_accident(tmp_path):
+    done = run("demo", "--load", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fluid optimum" not in done.stdout
+
+
+@pytest.mark.usefixtures("scenario")
+def test_json_is_all_there_is(tmp_path):
+    done = run("simulate", "scenario.toml", "--gpus", "5", "--horizon", "200", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["policy"]["gpus"] == 5
+    assert data["simulation"]["comparison"][0]["quantity"] == "revenue_rate"
+    plan = json.loads(run("plan", "scenario.toml", "--json", cwd=tmp_path).stdout)["plan"]
+    assert plan["revenue_rate"] == pytest.approx(297.71619)
+    assert plan["objective"] == plan["revenue_rate"]
+
+
+def test_a_trace_with_the_promises_of_a_scenario(scenario, tmp_path):
+    (tmp_path / "requests.csv").write_text(TRACE)
+    free = run("plan", "requests.csv", "--gpus", "1", "--abandonment-rate", "0.05", "--json", cwd=tmp_path)
+    assert free.returncode == 0, free.stderr
+    scenario.write_text('service_levels = [{ kind = "completion_floor", share = 0.0, penalty = 1.0 }]\n' + SCENARIO)
+    bound = run(
+        "plan",
+        "requests.csv",
+        "--gpus",
+        "1",
+        "--abandonment-rate",
+        "0.05",
+        "--with",
+        "scenario.toml",
+        "--json",
+        cwd=tmp_path,
+    )
+    assert bound.returncode == 0, bound.stderr
+    assert json.loads(bound.stdout)["plan"]["model"]["service_levels"]
+
+
+def test_another_objective_is_said(scenario, tmp_path):
+    scenario.write_text('objective = "sum(log(sum(mu_d[i, k]*y[i, k], k)), i)"\n' + SCENARIO)
+    done = run("plan", "scenario.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "objective -1.45" in done.stdout
+    assert "units of the objective per decode slot" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["plan", "missing.toml"], 2, "cannot read the scenario file"),
+        (["plan", "missing.csv", "--gpus", "3"], 2, "there is no file 'missing.csv'"),
+        (["plan", "scenario.toml", "--solver", "magic"], 2, "solver must be one of"),
+        (["plan", "scenario.toml", "--classes", "3"], 2, "go with a trace"),
+        (["plan", "scenario.toml", "--figure", "out"], 2, "--figure must end in .png, .svg or .pdf"),
+        (["simulate", "scenario.toml"], 2, "--gpus is required"),
+        (["simulate", "scenario.toml", "--gpus", "0"], 2, "gpus must be at least 1; got 0"),
+        (["simulate", "scenario.toml", "--gpus", "5", "--replications", "1"], 2, "replications must be"),
+        (["plan"], 2, "Missing argument"),
+    ],
+)
+@pytest.mark.usefixtures("scenario")
+def test_mistakes_end_in_one_line_and_a_code(tmp_path, words, code, message):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_infeasible_ends_in_3(scenario, tmp_path):
+    scenario.write_text(SCENARIO.replace("abandonment_rate = 0.1\n", ""))
+    done = run("plan", "scenario.toml", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "must be served in full" in done.stderr
+
+
+def test_rows_with_mistakes_are_found(scenario, tmp_path):
+    scenario.write_text(SCENARIO + '\n[[rows]]\nname = "square"\nrow = "q_p[i]*q_p[i] <= 1"\n')
+    done = run("plan", "scenario.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "rows[0] 'square'" in done.stderr
+
+
+def test_the_schema_is_json_schema(tmp_path):
+    assert json.loads(run("schema", cwd=tmp_path).stdout)["title"] == "fluidopt scenario"
