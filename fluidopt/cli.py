@@ -99,7 +99,8 @@ def demo(
         f"[bold]fluidopt demo[/]: {load:g} times the traffic of one hour of Azure's LLM service "
         f"(28,185 requests, CC-BY-4.0) on {gpus} GPUs running Qwen-8B on an A100 "
         f"(tau = {QWEN_8B_A100.alpha:g} + {QWEN_8B_A100.beta:g} C s, {QWEN_8B_A100.solo:g} s without prefill). "
-        "Waiting requests give up after 20 s on average; a token earns 0.1 in the prompt, 0.2 in the output.\n"
+        "Waiting requests give up after 20 s on average; a token earns 0.1 in the prompt, 0.2 in the output.\n",
+        width=_prose(),
     )
     _show_classes(console, model.workload)
     _show_plan(console, plan)
@@ -107,7 +108,8 @@ def demo(
     _show_result(console, result)
     console.print(f"\nFigure: {figure}")
     console.print(
-        "Next: [bold]fluidopt plan YOUR_TRACE.csv --gpus N[/], or write a scenario ([bold]fluidopt schema[/])."
+        "Next: [bold]fluidopt plan YOUR_TRACE.csv --gpus N[/], or write a scenario ([bold]fluidopt schema[/]).",
+        width=_prose(),
     )
 
 
@@ -344,9 +346,14 @@ def _sentence(console: Console, lead: str, sentence: str) -> None:
     """Print a sentence behind its number, later lines indented below its first word."""
     from textwrap import fill
 
-    console.print(
-        fill(sentence, width=console.width, initial_indent=lead, subsequent_indent=" " * len(lead)), markup=False
-    )
+    console.print(fill(sentence, width=_prose(), initial_indent=lead, subsequent_indent=" " * len(lead)), markup=False)
+
+
+def _prose() -> int:
+    """Columns for text: those of the terminal, where tables may need more."""
+    from rich.console import Console
+
+    return min(Console().width, WIDTH)
 
 
 def _show_classes(console: Console, workload: Workload) -> None:
@@ -357,7 +364,8 @@ def _show_classes(console: Console, workload: Workload) -> None:
 
 def _show_plan(console: Console, plan: Plan) -> None:
     console.print(
-        f"[bold]Plan[/]: {plan.headline.replace('[', chr(92) + '[')} ({plan.solution.method}; {plan.certificate})\n"
+        f"[bold]Plan[/]: {plan.headline.replace('[', chr(92) + '[')} ({plan.solution.method}; {plan.certificate})\n",
+        width=_prose(),
     )
     modes = plan.modes.rename(
         columns={
@@ -388,7 +396,8 @@ def _show_plan(console: Console, plan: Plan) -> None:
             console.print(f"  ... {len(plan.binding) - 8} more (use --json for all)")
         console.print()
     for note in plan.notes:
-        console.print(f"Note: {note}\n", markup=False)
+        _sentence(console, "Note: ", note)
+        console.print()
 
 
 def _show_policy(console: Console, policy: Policy) -> None:
@@ -428,13 +437,15 @@ def _show_result(console: Console, result: SimulationResult) -> None:
             table.add_row(Text(f"  {of}" if of else unit), *cells, f"{z:+.1f}" if math.isfinite(z) else MISSING)
     console.print(
         f"[bold]Simulated check[/]: {result.replications} replications of {result.horizon:g} s "
-        f"({result.warmup:g} s warm-up), start {result.start}, seed {result.seed}"
+        f"({result.warmup:g} s warm-up), start {result.start}, seed {result.seed}",
+        width=_prose(),
     )
     console.print(table)
     console.print(
         f"\nThe fleet earns {result.revenue_rate.mean:.5g} ± {result.revenue_rate.half_width:.2g} per GPU"
         f"{result.against_plan}. The plan is a limit for large fleets: |z| above 2 is what the finite fleet does, not "
-        "noise."
+        "noise.",
+        width=_prose(),
     )
 
 

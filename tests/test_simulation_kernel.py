@@ -1,10 +1,8 @@
 """The compiled chain simulator against exact chains, queueing formulas, the plain direct method, and itself."""
 
-import importlib.util
-import sys
+import importlib
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +13,10 @@ from scipy import sparse, stats
 from fluidopt.simulation.run import EventLimitExceeded, WaitingLimitExceeded, simulate
 from fluidopt.simulation.system import Start, System
 
-BASELINE = Path(__file__).resolve().parents[1] / "benchmarks" / "plain_gillespie.py"
-
 
 @pytest.fixture(scope="module")
 def baseline():
-    spec = importlib.util.spec_from_file_location("benchmarks.plain_gillespie", BASELINE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plain_gillespie"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["plain_gillespie"]
+    return importlib.import_module("benchmarks.plain_gillespie")
 
 
 def small_system(**changes):

@@ -269,11 +269,14 @@ class Policy:
             order = list(self.gate.order) or [each.name for each in by_ratio]
             return "the first waiting class in the order " + shorten(order, between=" > ") + "."
         queues = [f"{name}: {n * q:.3g}" for name, q in zip(names, targets.prefill_queue, strict=True) if q]
-        queue_targets = f"({shorten(queues, between='; ') + '; ' if queues else ''}0 for the others)"
+        others = [] if len(queues) == len(names) else ["0 for the others" if queues else "0 for all"]
+        queue_targets = f"({'; '.join([shorten(queues, between='; '), *others] if queues else others)})"
         if self.gate.rule == "queue-deviation":
             return f"of the waiting classes the one whose queue is furthest above its target {queue_targets}."
         wanted = [f"{name}: {n * x:.3g}" for name, x in zip(names, targets.prefill, strict=True) if x > 0]
         last = [name for name, x in zip(names, targets.prefill, strict=True) if x == 0]
+        if not wanted:
+            return f"of the waiting classes the one whose queue is furthest above its target {queue_targets}."
         sentence = (
             "of the waiting classes the one whose prefills in service are the smallest multiple of their target "
             f"({shorten(wanted, between='; ')}); on a tie, the class whose queue is furthest above its target "
