@@ -97,11 +97,23 @@ def measure(name: str, answer: Any) -> None:
     answer.put([*row, f"{layout.memory() / GIB:.2f}", f"{memory:.2f}"])
 
 
-def main(names: list[str]) -> None:
+# tandem: prefill GPUs, decode slots, caps of both queues; reference: GPUs, caps, places in order
+CASES = (
+    "tandem 1 10 100 90",
+    "tandem 1 10 310 310",
+    "tandem 1 10 1000 990",
+    "reference 1 3 8 0",
+    "reference 1 8 20 1",
+    "reference 1 10 26 0",
+)
+
+
+def main() -> None:
+    """Measure each case in a process of its own, for its peak memory; all, or those named on the command line."""
     columns = COLUMNS.split()
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     context = multiprocessing.get_context("spawn")
-    for name in names:
+    for name in sys.argv[1:] or CASES:
         answer = context.Queue()
         process = context.Process(target=measure, args=(name, answer))
         process.start()
@@ -111,15 +123,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # tandem: prefill GPUs, decode slots, caps of both queues; reference: GPUs, caps, places in order
-    main(
-        sys.argv[1:]
-        or [
-            "tandem 1 10 100 90",
-            "tandem 1 10 310 310",
-            "tandem 1 10 1000 990",
-            "reference 1 3 8 0",
-            "reference 1 8 20 1",
-            "reference 1 10 26 0",
-        ]
-    )
+    main()
