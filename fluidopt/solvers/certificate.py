@@ -114,11 +114,19 @@ class Certifier:
             excess = np.maximum(cost - duals @ self.matrix, 0.0)
             with np.errstate(invalid="ignore"):
                 bound += float(np.where(excess > 0, excess * program.bounds_above(objective), 0.0).sum())
-            error += bound - float(figures[-1])
+                # Nothing earns more than every column at the bound that the rows imply for it.
+                most = float(np.where(cost > 0, cost * program.column_bounds, 0.0).sum())
+            bound = min(bound, most)
+            error = abs(bound - objective) + float(np.abs(duals) @ self.shortfall(lower, upper, values))
         gap = error / weight if weight > 0 else error
         if math.isnan(objective + bound + gap):  # comparisons let a NaN pass
             primal = dual = gap = math.nan
         return Certificate(primal, dual, gap, objective, bound)
+
+    def shortfall(self, lower: Array, upper: Array, values: Array) -> Array:
+        """By how much each row is missed, shape (rows,)."""
+        activity: Array = values @ self.matrix.T
+        return np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
 
     def figures(self, lower: Array, upper: Array, cost: Array, values: Array, duals: Array) -> tuple[Array, ...]:
         """Primal and dual residual, error of the objective and what it is relative to, objective, dual objective.
@@ -129,8 +137,7 @@ class Certifier:
         size_of_values, size_of_duals, size_of_cost = np.abs(values), np.abs(duals), np.abs(cost)
         largest_value, largest_dual = size_of_values.max(axis=-1, initial=0.0), size_of_duals.max(axis=-1, initial=0.0)
 
-        activity = values @ self.matrix.T
-        shortfall = np.maximum(np.maximum(lower - activity, activity - upper), 0.0)
+        shortfall = self.shortfall(lower, upper, values)
         right = np.where(duals > 0, closed_upper, closed_lower)
         row_weight = size_of_values @ self.size.T + self.row_rounding * largest_value[..., None]
         row_weight += np.maximum(np.abs(closed_lower), np.abs(closed_upper))

@@ -28,7 +28,9 @@ def solve(program: LinearProgram, options: SolverOptions) -> Solution:
     x = cp.Variable(program.shape[1], nonneg=True)
     rows = Rows(scaled, x)
     found = run(cp.Problem(cp.Maximize(scaled.objective @ x), rows.constraints), x, options)
-    values, duals = scaling.values(np.maximum(found, 0.0)), scaling.duals(rows.duals())
+    # An interior point stays clear of bounds that the rows imply, such as 0 for what cannot be served at all.
+    values = np.minimum(scaling.values(np.maximum(found, 0.0)), program.column_bounds)
+    duals = scaling.duals(rows.duals())
     return Solution(values, duals, certify(program, values, duals), "cvxpy Clarabel")
 
 
