@@ -3,13 +3,13 @@
 import time
 from dataclasses import replace
 
-import highspy
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from strategies import pair_models
 
 import fluidopt as fo
+from benchmarks.resolve import highs_alone
 from fluidopt.reference import reference_model
 from fluidopt.service_levels import MeanWait, SlotTPOT
 from fluidopt.solvers import certify, solve_program
@@ -209,27 +209,7 @@ def test_a_re_solve_costs_little_more_than_highs_alone(random):
     solver = fo.Solver(model)
     solver.solve()
     changed = rates * random.uniform(0.8, 1.2, (300, 10))
-    program = model.program()
-    bare = highspy.Highs()
-    bare.setOptionValue("output_flag", False)
-    lp = highspy.HighsLp()
-    lp.num_row_, lp.num_col_ = program.shape
-    lp.sense_ = highspy.ObjSense.kMaximize
-    lp.col_cost_, lp.col_lower_ = program.objective, np.zeros(program.shape[1])
-    lp.col_upper_ = np.full(program.shape[1], highspy.kHighsInf)
-    lp.row_lower_, lp.row_upper_ = program.row_lower, program.row_upper
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_, lp.a_matrix_.index_ = program.matrix.indptr, program.matrix.indices
-    lp.a_matrix_.value_ = program.matrix.data
-    bare.passModel(lp)
-    bare.run()
-    rows = np.flatnonzero([name.startswith("prefill_balance") for name in program.row_names]).astype(np.int32)
-
-    def by_highs(each):
-        bare.changeRowsBounds(10, rows, each, each)
-        bare.run()
-        answer = bare.getSolution()
-        return np.array(answer.col_value), np.array(answer.row_dual)
+    by_highs = highs_alone(model)
 
     def median_time(solve):
         times = []

@@ -63,7 +63,7 @@ class ChainResult:
 
     @property
     def residual(self) -> float:
-        """Sum of absolute entry of pi Q relative to the flow sum of pi absolute diagonal entry of Q."""
+        """What the balance equations miss: the absolute entries of pi Q, summed, over the flow out of all states."""
         return relative_residual(self.generator, self.law)
 
     @cached_property
