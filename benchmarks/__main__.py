@@ -25,6 +25,7 @@ REGISTRY = {
     "knapsack": "The structured solver, against sorting as many numbers and against HiGHS interior point",
     "resolve": "Re-solves after changed arrival rates",
     "plain_gillespie": "The Markov-chain simulator, against a plain per-GPU Gillespie in numba",
+    "queue_peers": "The Markov-chain simulator, against Ciw and SimPy on the same queues",
     "chain": "The exact Markov chain: building, and the stationary law by three routes",
 }
 

@@ -27,7 +27,9 @@ from .service_levels import (
     PrefillFairness,
     SlotTPOT,
 )
-from .simulation.result import Estimate, SimulationResult
+from .simulation.compare import PolicyComparison, compare_policies
+from .simulation.result import SimulationResult
+from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
 from .studies.sizing import FleetSize, size_fleet
@@ -59,6 +61,7 @@ __all__ = [
     "Mode",
     "Plan",
     "Policy",
+    "PolicyComparison",
     "PrefillFairness",
     "Resolved",
     "ResolvedMany",
@@ -76,6 +79,7 @@ __all__ = [
     "__version__",
     "azure_2023",
     "classify",
+    "compare_policies",
     "exact_chain",
     "plot_plan",
     "plot_result",

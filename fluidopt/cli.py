@@ -56,7 +56,15 @@ Solver = Annotated[str, typer.Option(help="auto, knapsack, highs or cvxpy.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random streams.")]
 Horizon = Annotated[float, typer.Option(help="Simulated seconds per replication, warm-up included.")]
-Warmup = Annotated[float | None, typer.Option(help="Seconds not measured (default: a tenth of the horizon).")]
+Precision = Annotated[
+    float | None,
+    typer.Option(help="Instead of a horizon: run until revenue is known to this part of it (0.001: 0.1 %)."),
+]
+Warmup = Annotated[float | None, typer.Option(help="Seconds not measured (default: chosen by MSER).")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="Kind of policy; several of them are compared on the same arrivals."),
+]
 Replications = Annotated[int, typer.Option(help="Independent replications, at least 2.")]
 Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.")]
 Figure = Annotated[Path | None, typer.Option(help="Write a figure there (.png, .svg or .pdf).")]
@@ -151,7 +159,9 @@ def simulate(
     template: Template = None,
     classes: Classes = None,
     abandonment_rate: Patience = 0.0,
+    policy: Kinds = None,
     horizon: Horizon = 2000.0,
+    precision: Precision = None,
     warmup: Warmup = None,
     replications: Replications = 8,
     start: Start = "empty",
@@ -162,15 +172,21 @@ def simulate(
     """Simulate the plan's policy on a fleet of that many GPUs and compare with the plan.
 
     Example: fluidopt simulate scenario.toml --gpus 50
+
+    Several policies on the same arrivals: fluidopt simulate scenario.toml --gpus 50 --policy GG-SP --policy FI-WSP
     """
     model = _read_model(inputs, gpus, template, classes, abandonment_rate)
     size = gpus if gpus is not None else model.scenario.gpus
     if size is None:
         raise InvalidInput("--gpus is required: the scenario does not say how many GPUs the fleet has")
     solved = model.solve()
-    policy = solved.policy(gpus=size)
-    result = policy.simulate(
-        horizon=horizon,
+    chosen = [solved.policy(gpus=size, kind=kind) for kind in (policy or [None])]  # type: ignore[list-item]
+    if len(chosen) > 1:
+        _compare(chosen, horizon, precision, warmup, replications, start, seed, figure, as_json)
+        return
+    result = chosen[0].simulate(
+        horizon=horizon if precision is None else None,
+        precision=precision,
         warmup=warmup,
         replications=replications,
         seed=seed,
@@ -179,11 +195,56 @@ def simulate(
     if figure is not None:
         _write_figure(figure, solved, result)
     if as_json:
-        _print_json({"policy": policy.to_dict(), "simulation": _result_data(result)})
+        _print_json({"policy": chosen[0].to_dict(), "simulation": _result_data(result)})
         return
     console = _console()
-    _show_policy(console, policy)
+    _show_policy(console, chosen[0])
     _show_result(console, result)
+
+
+def _compare(
+    policies: list[Policy],
+    horizon: float,
+    precision: float | None,
+    warmup: float | None,
+    replications: int,
+    start: str,
+    seed: int,
+    figure: Path | None,
+    as_json: bool,
+) -> None:
+    from rich.table import Table
+
+    from fluidopt.simulation.compare import compare_policies
+    from fluidopt.tables import MISSING, number
+
+    for option, value in (("--precision", precision), ("--figure", figure)):
+        if value is not None:
+            raise InvalidInput(f"{option} goes with one --policy; got {len(policies)}")
+    compared = compare_policies(
+        policies,
+        horizon=horizon,
+        warmup=warmup,
+        replications=replications,
+        seed=seed,
+        start=start,  # type: ignore[arg-type]
+    )
+    frame = compared.to_frame()
+    if as_json:
+        _print_json({"baseline": compared.best, "policies": frame.reset_index().to_dict(orient="records")})
+        return
+    console = _console()
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("policy", no_wrap=True, overflow="ellipsis")
+    for column in ("revenue rate", "± 95 %", "of bound", f"less {compared.best}", "± 95 %"):
+        table.add_column(column, justify="right")
+    for row in frame.itertuples():
+        share = f"{row.of_bound:.1%}" if math.isfinite(row.of_bound) else MISSING  # type: ignore[arg-type]
+        revenue, gap = [row.revenue_rate, row.half_width], [row.difference, row.difference_half_width]
+        table.add_row(str(row.Index), *map(number, revenue), share, *map(number, gap))
+    console.print(f"[bold]Policies on {policies[0].gpus} GPUs[/], money/s per GPU", width=_prose())
+    console.print(table)
+    console.print("\n" + compared.caption, width=_prose())
 
 
 @app.command()
@@ -436,17 +497,38 @@ def _show_result(console: Console, result: SimulationResult) -> None:
             z = float(row.z)  # type: ignore[arg-type]
             table.add_row(Text(f"  {of}" if of else unit), *cells, f"{z:+.1f}" if math.isfinite(z) else MISSING)
     console.print(
-        f"[bold]Simulated check[/]: {result.replications} replications of {result.horizon:g} s "
-        f"({result.warmup:g} s warm-up), start {result.start}, seed {result.seed}",
+        f"[bold]Simulated check[/]: {result.caption}",
         width=_prose(),
     )
     console.print(table)
+    _show_percentiles(console, result)
     console.print(
         f"\nThe fleet earns {result.revenue_rate.mean:.5g} ± {result.revenue_rate.half_width:.2g} per GPU"
         f"{result.against_plan}. The plan is a limit for large fleets: |z| above 2 is what the finite fleet does, not "
         "noise.",
         width=_prose(),
     )
+
+
+def _show_percentiles(console: Console, result: SimulationResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from fluidopt.tables import number
+
+    frame = result.percentiles()
+    if not len(frame):
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("of those served, s", no_wrap=True, overflow="ellipsis", max_width=38)
+    for column in ("p50", "p90", "p99", "± 95 %"):
+        table.add_column(column, justify="right")
+    for quantity, name in (("time_to_first_token", "time to first token"), ("decode_wait", "wait for decode")):
+        table.add_row(f"[bold]{name}[/]")
+        for of, row in frame.loc[quantity].iterrows():
+            table.add_row(Text(f"  {of}"), *(number(row[column]) for column in ("p50", "p90", "p99", "p99_half_width")))
+    console.print()
+    console.print(table)
 
 
 if __name__ == "__main__":

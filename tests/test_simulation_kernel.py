@@ -234,12 +234,13 @@ def random_start(system, seed):
 def assert_balance(seen):
     first, last = seen.at_start, seen.at_end
     change = {name: getattr(last, name) - getattr(first, name) for name in vars(first)}
-    np.testing.assert_array_equal(seen.arrivals, seen.prefill_starts + seen.abandoned_prefill + change["prefill_queue"])
-    np.testing.assert_array_equal(seen.prefill_starts, seen.prefill_completions + change["prefill"].sum(axis=0))
+    prefill_starts, decode_starts = seen.prefill_starts.sum(axis=0), seen.decode_starts.sum(axis=0)
+    np.testing.assert_array_equal(seen.arrivals, prefill_starts + seen.abandoned_prefill + change["prefill_queue"])
+    np.testing.assert_array_equal(prefill_starts, seen.prefill_completions + change["prefill"].sum(axis=0))
     np.testing.assert_array_equal(
-        seen.prefill_completions, seen.decode_starts + seen.abandoned_decode + change["decode_queue"]
+        seen.prefill_completions, decode_starts + seen.abandoned_decode + change["decode_queue"]
     )
-    np.testing.assert_array_equal(seen.decode_starts, seen.decode_completions + change["decode"].sum(axis=0))
+    np.testing.assert_array_equal(decode_starts, seen.decode_completions + change["decode"].sum(axis=0))
     left = seen.prefill_completions + seen.decode_completions + seen.abandoned_prefill + seen.abandoned_decode
     assert seen.events == seen.arrivals.sum() + left.sum()
 
@@ -396,9 +397,9 @@ def test_a_class_outside_the_plan_waits_for_all_others():
     crowd = replace(Start.empty(system), prefill_queue=[5000, 50])
     seen = run(system, start=crowd, horizon=500.0, warmup=0.0)
     assert seen.at_end.prefill_queue[0] > 0
-    assert seen.prefill_starts[0] > 100
-    assert seen.prefill_starts[1] == 0
-    assert run(system, horizon=500.0, warmup=0.0).prefill_starts[1] > 0
+    assert seen.prefill_starts[:, 0].sum() > 100
+    assert seen.prefill_starts[:, 1].sum() == 0
+    assert run(system, horizon=500.0, warmup=0.0).prefill_starts[:, 1].sum() > 0
 
 
 @pytest.mark.parametrize("levels", [3, 100])
@@ -694,7 +695,9 @@ def test_plain_direct_method_agrees(baseline, name):
         baseline.plain_simulate(system, horizon=2000.0, warmup=200.0, rng=np.random.default_rng(seed)) for seed in seeds
     ]
     for field in theirs[0]._fields:
-        difference = np.stack([np.ravel(getattr(s, field)) for s in ours]).astype(float)
+        by_role = field in ("prefill_starts", "decode_starts")
+        values = [getattr(s, field).sum(axis=0) if by_role else getattr(s, field) for s in ours]
+        difference = np.stack([np.ravel(value) for value in values]).astype(float)
         difference -= np.stack([np.ravel(getattr(s, field)) for s in theirs])
         assert_mean(difference, np.zeros(difference.shape[1]), confidence=1 - 1e-5)
     with pytest.raises(ValueError, match="places prefills uniformly"):

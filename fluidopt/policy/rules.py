@@ -19,6 +19,8 @@ from fluidopt.scenario import Scenario
 from fluidopt.tables import shorten
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from fluidopt.simulation.result import SimulationResult
 
 Kind = Literal[
@@ -217,27 +219,52 @@ class Policy:
     def simulate(
         self,
         *,
-        horizon: float,
+        horizon: float | None = None,
+        precision: float | None = None,
         warmup: float | None = None,
         replications: int = 8,
         seed: int | None = None,
         start: Literal["empty", "fluid"] = "empty",
+        path: int = 0,
+        executor: Executor | None = None,
     ) -> SimulationResult:
         """Simulate the fleet as a continuous-time Markov chain under this policy.
 
         Args:
-            horizon: simulated seconds per replication, warm-up included.
-            warmup: seconds at the beginning that are not measured (default: a tenth of ``horizon``).
+            horizon: simulated seconds per replication, warm-up included; with ``precision``, at most.
+            precision: run until the 95 % confidence interval of the revenue rate is at most this part of it to either
+                side (0.001: 0.1 %).
+            warmup: seconds at the beginning that are not measured. None chooses them by MSER from the replications
+                (`fluidopt.simulation.statistics.warmup_cut`).
             replications: independent replications, at least 2.
-            seed: for the random streams; the same seed gives the same numbers. None draws one, which the result keeps.
+            seed: for the random streams; the same seed gives the same numbers in any executor, and the same arrivals to
+                any policy. None draws one, which the result keeps.
             start: ``"empty"``, or ``"fluid"``: the plan's equilibrium rounded to whole requests.
+            path: keep the state at this many equally spaced times of each replication (`SimulationResult.path`).
+            executor: where replications run; default threads of this process (the simulator runs outside the
+                interpreter's lock).
 
         Returns:
-            Means with 95 % confidence intervals, and the comparison with the plan.
-        """
-        from fluidopt.simulation.result import simulate_policy
+            Means and percentiles with 95 % confidence intervals, and the comparison with the plan.
 
-        return simulate_policy(self, horizon=horizon, warmup=warmup, replications=replications, seed=seed, start=start)
+        Raises:
+            InvalidInput: an argument is out of range, or the queues outgrow the memory (the fleet is overloaded and
+                nobody abandons).
+            SolverFailure: a replication needs more than 1e11 events.
+        """
+        from fluidopt.simulation.experiment import simulate_policy
+
+        return simulate_policy(
+            self,
+            horizon=horizon,
+            precision=precision,
+            warmup=warmup,
+            replications=replications,
+            seed=seed,
+            start=start,
+            path=path,
+            executor=executor,
+        )
 
     def rules(self) -> tuple[str, ...]:
         """The policy as sentences a person can follow."""

@@ -153,3 +153,34 @@ def _seat(classes: Array, roles: Array, room: Counts, preference: Counts) -> tup
                 seated[role] += part
                 left = left - part
     return seated, left
+
+
+def fluid_values(policy: Policy) -> dict[str, Array]:
+    """What the plan expects of each quantity that chain and simulation report, (), (I,) or (R,); NaN where it is
+    silent. Per GPU, units as in `SimulationResult`."""
+    targets, workload = policy.targets, policy.scenario.workload
+    known = {
+        name: np.array([np.nan if value is None else value for value in getattr(targets, name)], dtype=float)
+        for name in ("admitted", "throughput", "prefill", "decode", "prefill_queue", "decode_queue")
+    }
+    arrival = workload.arrival_rate
+    gone = workload.abandonment_rate * np.nan_to_num(known["prefill_queue"] + known["decode_queue"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_arrival = {
+            "prefill_wait": known["prefill_queue"],
+            "time_to_first_token": known["prefill_queue"] + known["prefill"],
+            "abandonment_share": gone,
+        }
+        waits = {name: np.where(arrival > 0, value / arrival, np.nan) for name, value in per_arrival.items()}
+        decode_wait = np.where(known["admitted"] > 0, known["decode_queue"] / known["admitted"], np.nan)
+    roles = [role.name for role in policy.roles]
+    return {
+        "revenue_rate": np.array(policy.revenue_bound),
+        **known,
+        "prefill_wait": waits["prefill_wait"],
+        "decode_wait": decode_wait,
+        "time_to_first_token": waits["time_to_first_token"],
+        "abandonment_share": waits["abandonment_share"],
+        "role_prefill": np.array([targets.role_prefill[name] for name in roles]),
+        "role_decode": np.array([targets.role_decode[name] for name in roles]),
+    }

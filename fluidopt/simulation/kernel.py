@@ -15,14 +15,16 @@ through data, so one compilation serves every system. All policies are special c
   only classes without weight wait, the side's common line.
 - What got free is offered first to the decodes and then to the gate, or the other way round.
 
-How one event is drawn (composition-rejection, after Slepoy, Thompson and Plimpton, J. Chem. Phys. 128, 2008). Every
-request that can leave its place by itself is a member of one *bucket*: decodes in service, prefills in service and
-waiting requests, split further by class so that the largest rates of the members differ by less than a factor 2. A
-bucket's weight is its size times the largest of these rates, its *bound*. An event takes a bucket with probability
-proportional to its weight (a scan over a handful), a uniform member of it, and accepts with probability rate/bound. A
-GPU whose prefill starts or ends changes the speed of its decodes, hence their acceptance, and moves none of them: that
-costs O(1). All other updates are O(1) too, but the gate's, which is O(log I) with an early exit. A weight is computed
-from its integer size whenever that changes, so no rate drifts.
+How one event is drawn. Arrivals come from outside, as arrays of times and classes, so that policies can be compared on
+the same ones and any arrival process will do. Between them the chain is drawn event by event (composition-rejection,
+after Slepoy, Thompson and Plimpton, J. Chem. Phys. 128, 2008); its clock is memoryless, so an arrival only rescales the
+time that is left to the pending draw. Every request that can leave its place by itself is a member of one *bucket*:
+decodes in service, prefills in service and waiting requests, split further by class so that the largest rates of the
+members differ by less than a factor 2. A bucket's weight is its size times the largest of these rates, its *bound*. An
+event takes a bucket with probability proportional to its weight (a scan over a handful), a uniform member of it, and
+accepts with probability rate/bound. A GPU whose prefill starts or ends changes the speed of its decodes, hence their
+acceptance, and moves none of them: that costs O(1). All other updates are O(1) too, but the gate's, which is O(log I)
+with an early exit. A weight is computed from its integer size whenever that changes, so no rate drifts.
 
 Where the state lives. A request in service is nothing but a bucket entry (GPU, role and class): nobody points at it,
 and removing it moves the bucket's last entry into its place. A waiting request has a record in a pool besides, linked
@@ -54,7 +56,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 NONE = -1
 _integer = cast(Callable[[Any], int], np.int64)  # what numba makes of an index; to a type checker, an int
 MARGIN = 8  # more entries than one event can add to a bucket or to the pool
-REACHED, _FULL, EXHAUSTED = 0, 1, 2  # why advance returned
+REACHED, FULL, EXHAUSTED, NO_ARRIVALS = 0, 1, 2, 3  # why advance returned
+
+# Waits are counted in bins, 2**FRACTION_BITS of equal width to an octave, the first at FIRST_OCTAVE: bin k of them is
+# the float's leading bits, bin 0 what is below. A wait of exactly 0 is not counted: it is a start without a wait.
+FRACTION_BITS, FIRST_OCTAVE, OCTAVES = 3, -13, 33
+BINS = (OCTAVES << FRACTION_BITS) + 1
+_SHIFT = 52 - FRACTION_BITS
+_BASE = ((1023 + FIRST_OCTAVE) << FRACTION_BITS) - 1
 
 
 def _record(**columns: str) -> np.dtype[np.void]:
@@ -64,16 +73,15 @@ def _record(**columns: str) -> np.dtype[np.void]:
 
 # Tables. Of the fleet: buckets come in the order decodes, prefills, waiting requests; by_level is 1 if idle GPUs are
 # listed by their number of decodes, idle_stride the capacity of one such list; holds is 1 if any class can be held
-# back, fcfs 1 if all wait in line 0 for a prefill, gate_first 1 if the gate comes before waiting decodes.
-FLEET = _record(
-    f8="arrival_rate", i8="first_prefill_bucket first_waiting_bucket by_level idle_stride holds fcfs gate_first"
-)
-# Of a class: 1/P_i, 1/D_i, the gate (leaf is the class's place in the tournament), the alias table of arrivals,
-# decode_reward_i/D_i in quanta, its buckets.
+# back, fcfs 1 if all wait in line 0 for a prefill, gate_first 1 if the gate comes before waiting decodes, timed 1 if
+# waits are counted by length.
+FLEET = _record(i8="first_prefill_bucket first_waiting_bucket by_level idle_stride holds fcfs gate_first timed")
+# Of a class: 1/P_i, 1/D_i, the gate (leaf is the class's place in the tournament), decode_reward_i/D_i in quanta, its
+# buckets.
 CLASS = _record(
-    f8="per_prompt per_output gate_base gate_slope gate_queue_target gate_hold alias_threshold",
+    f8="per_prompt per_output gate_base gate_slope gate_queue_target gate_hold",
     i8="earning",
-    i4="alias prefill_bucket decode_bucket leaf",
+    i4="prefill_bucket decode_bucket leaf unused",
 )
 # Of a role: prefill tokens/s, decode iterations/s while no prefill runs and while one does, caps, 1 if a prefill takes
 # a decode slot.
@@ -91,12 +99,15 @@ PLACE = _record(f8="abandonment cumulative", i4="line bucket")
 # money per iteration of its decodes, in quanta.
 GPU = _record(i4="decodes prefilling role free_position idle_level idle_position", i8="earning")
 # Of a class: X_i over all roles, and the counters of the window.
-COUNTERS = "arrivals prefill_starts prefill_completions decode_starts decode_completions"
+COUNTERS = "arrivals prefill_completions decode_completions"
 TALLY = _record(i8="prefilling " + COUNTERS)
-# Of a role: earning summed over its GPUs with a prefill running.
-ROLE_TALLY = _record(i8="mixed_earning", f8="mixed_earning_moment", i4="most_decodes most_requests")
-# Of a role and a class, at index role * I + class: requests in service.
-SERVICE = _record(i8="prefill decode", f8="prefill_moment decode_moment")
+# Of a role: decodes, and earning, summed over its GPUs with a prefill running.
+ROLE_TALLY = _record(
+    i8="mixed_decodes mixed_earning", f8="mixed_decodes_moment mixed_earning_moment", i4="most_decodes most_requests"
+)
+# Of a role and a class, at index role * I + class: requests in service, and how many started.
+STARTS = "prefill_starts decode_starts"
+SERVICE = _record(i8="prefill decode " + STARTS, f8="prefill_moment decode_moment")
 # Of a tag: requests waiting.
 WAITING = _record(i8="count abandoned", f8="moment")
 # A line is a doubly linked list through the pool. Of a line with a weight: its choice (-1 without), its position in it
@@ -104,14 +115,14 @@ WAITING = _record(i8="count abandoned", f8="moment")
 LINE = _record(f8="weight", i4="head tail choice position common open_lines")
 # A choice holds the lines of a side that are not empty and whose weights differ by less than a factor 2.
 CHOICE = _record(f8="weight bound", i4="size start")
-REQUEST = _record(i4="previous next position tag")  # position in its bucket
+REQUEST = _record(f8="since", i4="previous next position tag")  # time it joined, position in its bucket
 BUCKET = _record(i8="size start capacity", f8="bound per_bound")
 MEMBER = _record(i4="where tag")  # in service: GPU, role * I + class; waiting: pool index, tag
 ENTRANT = _record(f8="key excess")
-# origin: time at which the ages of the moments start; next_time: of the pending draw, nan before the first; idle: GPUs
-# on which a prefill may start; slack: free decode slots less decodes without one; full: 1 when the pool or a bucket is
-# about to run out of room; pool_free: head of the chain of freed records.
-SCALARS = _record(f8="origin next_time", i8="events null_draws idle slack full pool_used pool_free")
+# origin: time at which the ages of the moments start; next_time: of the pending draw, nan before the first; arrival:
+# index of the next arrival; idle: GPUs on which a prefill may start; slack: free decode slots less decodes without one;
+# full: 1 when the pool or a bucket is about to run out of room; pool_free: head of the chain of freed records.
+SCALARS = _record(f8="origin next_time", i8="arrival events null_draws idle slack full pool_used pool_free")
 
 
 class Tables(NamedTuple):
@@ -130,6 +141,8 @@ class State(NamedTuple):
     """What does."""
 
     scalars: AnyArray  # (1,) SCALARS
+    arrival_times: AnyArray
+    arrival_classes: AnyArray
     gpus: AnyArray  # (n,) GPU
     free_members: AnyArray  # (n,) GPUs with a free decode slot, a segment per role
     free_size: AnyArray  # (R,)
@@ -149,12 +162,15 @@ class State(NamedTuple):
     members: AnyArray  # MEMBER, a segment per bucket
     entrants: AnyArray  # (I + 1,) ENTRANT, the last stands for nobody
     winners: AnyArray  # (2 * leaves,) tournament over the lines that wait for a prefill, root at 1, I is nobody
+    waits: AnyArray  # (2 * R * I * BINS,) waits that ended in a start, before prefill and before decode; or empty
+    number: AnyArray  # (1,) a float
+    bits: AnyArray  # (1,) the same memory, as an integer
 
 
-APART = ("advance", "load", "_open_line", "_close_line", "_draw_line", "_best_admitted", "_gate_at_once")
+APART = ("advance", "load", "_open_line", "_close_line", "_draw_line", "_best_admitted", "_gate_at_once", "_fill")
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     """Compile without reference counts: nothing compiled here allocates, and atomic counts cost 90 % of the speed.
 
     Callees are forced inline, since a call would pass some 150 words of array descriptors through memory; not those
@@ -174,7 +190,7 @@ def _compiled(function: Function) -> Function:
 # Buckets ---------------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _add_member(state: State, index: int, where: int, tag: int) -> int:
     """Returns the position of the new member."""
     bucket = state.buckets[index]
@@ -189,7 +205,7 @@ def _add_member(state: State, index: int, where: int, tag: int) -> int:
     return position
 
 
-@_compiled
+@compiled
 def _remove_member(state: State, index: int, position: int) -> int:
     """Move the last member to `position`; returns where that member is."""
     bucket = state.buckets[index]
@@ -207,7 +223,7 @@ def _remove_member(state: State, index: int, position: int) -> int:
 # Queues ----------------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _open_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: int) -> None:
     """A line with a weight is no longer empty."""
     line = lines[index]
@@ -219,7 +235,7 @@ def _open_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: int
     lines[line.common].open_lines += 1
 
 
-@_compiled
+@compiled
 def _close_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: int) -> None:
     """A line with a weight has become empty."""
     line = lines[index]
@@ -232,7 +248,7 @@ def _close_line(lines: AnyArray, choices: AnyArray, members: AnyArray, index: in
     lines[line.common].open_lines -= 1
 
 
-@_compiled
+@compiled
 def _draw_line(
     lines: AnyArray, choices: AnyArray, members: AnyArray, rng: np.random.Generator, first: int, last: int
 ) -> int:
@@ -254,7 +270,7 @@ def _draw_line(
                 return index
 
 
-@_compiled
+@compiled
 def _next_line(tables: Tables, state: State, rng: np.random.Generator, s: int) -> int:
     """The line of side s, on which a decode waits, whose head gets a free slot."""
     common = state.tallies.size + s
@@ -265,7 +281,7 @@ def _next_line(tables: Tables, state: State, rng: np.random.Generator, s: int) -
     return _draw_line(state.lines, state.choices, state.choice_members, rng, first, last)
 
 
-@_compiled
+@compiled
 def _join(tables: Tables, state: State, tag: int, age: float) -> None:
     """A request starts to wait at the tail of its line."""
     scalars = state.scalars[0]
@@ -280,6 +296,7 @@ def _join(tables: Tables, state: State, tag: int, age: float) -> None:
     request = state.pool[c]
     place = tables.places[tag]
     line = state.lines[place.line]
+    request.since = scalars.origin + age
     request.tag = tag
     request.next = NONE
     request.previous = line.tail
@@ -297,7 +314,7 @@ def _join(tables: Tables, state: State, tag: int, age: float) -> None:
         request.position = _add_member(state, place.bucket, c, tag)
 
 
-@_compiled
+@compiled
 def _leave(tables: Tables, state: State, c: int, age: float) -> int:
     """The request in record c stops waiting, wherever in its line it is; returns its tag."""
     scalars = state.scalars[0]
@@ -326,10 +343,19 @@ def _leave(tables: Tables, state: State, c: int, age: float) -> int:
     return tag
 
 
+@compiled
+def _time_wait(state: State, wait: float, index: int) -> None:
+    """Count a wait under `index`, role * I + class before prefill, R * I more before decode."""
+    if wait > 0.0:
+        state.number[0] = wait
+        k = min(max((state.bits[0] >> _SHIFT) - _BASE, 0), BINS - 1)
+        state.waits[index * BINS + k] += 1
+
+
 # GPUs ------------------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _list_gpu(tables: Tables, state: State, g: int) -> None:
     """Bring the lists of free and of idle GPUs up to date after a change of GPU g."""
     gpu = state.gpus[g]
@@ -377,7 +403,7 @@ def _list_gpu(tables: Tables, state: State, g: int) -> None:
     gpu.idle_level = level
 
 
-@_compiled
+@compiled
 def _start_prefill(tables: Tables, state: State, g: int, i: int, age: float) -> None:
     gpu = state.gpus[g]
     tag = gpu.role * state.tallies.size + i
@@ -385,11 +411,12 @@ def _start_prefill(tables: Tables, state: State, g: int, i: int, age: float) -> 
     state.scalars[0].slack -= tables.roles[gpu.role].takes
     service = state.service[tag]
     service.prefill += 1
+    service.prefill_starts += 1
     service.prefill_moment += age
-    tally = state.tallies[i]
-    tally.prefill_starts += 1
-    tally.prefilling += 1
+    state.tallies[i].prefilling += 1
     role = state.roles[gpu.role]
+    role.mixed_decodes += gpu.decodes
+    role.mixed_decodes_moment += gpu.decodes * age
     role.mixed_earning += gpu.earning
     role.mixed_earning_moment += gpu.earning * age
     role.most_requests = max(role.most_requests, gpu.decodes + 1)
@@ -397,7 +424,7 @@ def _start_prefill(tables: Tables, state: State, g: int, i: int, age: float) -> 
     _list_gpu(tables, state, g)
 
 
-@_compiled
+@compiled
 def _start_decode(tables: Tables, state: State, g: int, i: int, age: float) -> None:
     """The caller lists the GPU again."""
     gpu = state.gpus[g]
@@ -407,10 +434,12 @@ def _start_decode(tables: Tables, state: State, g: int, i: int, age: float) -> N
     gpu.earning += entry.earning
     service = state.service[tag]
     service.decode += 1
+    service.decode_starts += 1
     service.decode_moment += age
-    state.tallies[i].decode_starts += 1
     role = state.roles[gpu.role]
     if gpu.prefilling == 1:
+        role.mixed_decodes += 1
+        role.mixed_decodes_moment += age
         role.mixed_earning += entry.earning
         role.mixed_earning_moment += entry.earning * age
     role.most_decodes = max(role.most_decodes, gpu.decodes)
@@ -421,7 +450,7 @@ def _start_decode(tables: Tables, state: State, g: int, i: int, age: float) -> N
 # The policy ------------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _compete(tables: Tables, state: State, i: int) -> None:
     """Replay the matches of class i's line in the tournament after a change of X_i or of Q_p,i."""
     fleet = tables.fleet[0]
@@ -457,7 +486,7 @@ def _compete(tables: Tables, state: State, i: int) -> None:
         state.winners[node] = best
 
 
-@_compiled
+@compiled
 def _place(tables: Tables, state: State, rng: np.random.Generator) -> int:
     """An idle GPU for a prefill, uniform over the lowest list that is not empty; there must be one."""
     w = 0
@@ -474,7 +503,7 @@ def _place(tables: Tables, state: State, rng: np.random.Generator) -> int:
     return _integer(state.idle_members[level * tables.fleet[0].idle_stride + pick])
 
 
-@_compiled
+@compiled
 def _best_admitted(winners: AnyArray, entrants: AnyArray, holds: AnyArray, slack: int) -> int:
     """The winner among the classes whose hold is below the slack, which are not all; I if none of them waits."""
     low, high = 0, holds.size  # the leaves below `high` are admitted
@@ -501,7 +530,7 @@ def _best_admitted(winners: AnyArray, entrants: AnyArray, holds: AnyArray, slack
     return best
 
 
-@_compiled
+@compiled
 def _best(tables: Tables, state: State) -> int:
     """The line to admit next: the winner among those not held back, I if none waits."""
     best = _integer(state.winners[1])
@@ -513,26 +542,33 @@ def _best(tables: Tables, state: State) -> int:
     return _best_admitted(state.winners, state.entrants, tables.holds, slack)
 
 
-@_compiled
+@compiled
 def _gate(tables: Tables, state: State, rng: np.random.Generator, newcomer: int, age: float) -> None:
     """Admit while a GPU is idle and a prefill waits that is not held back.
 
     A newcomer is the class of an arrival that found nobody waiting and a GPU idle (else -1): it need not queue.
     """
     nobody = state.tallies.size
-    while state.scalars[0].idle > 0:
+    scalars = state.scalars[0]
+    while scalars.idle > 0:
         i = newcomer
+        wait = 0.0
         if newcomer < 0:
             line = _best(tables, state)
             if line == nobody:
                 break
-            i = _leave(tables, state, state.lines[line].head, age)
+            head = state.lines[line].head
+            wait = scalars.origin + age - state.pool[head].since
+            i = _leave(tables, state, head, age)
         newcomer = _integer(NONE)
-        _start_prefill(tables, state, _place(tables, state, rng), i, age)
+        g = _place(tables, state, rng)
+        if tables.fleet[0].timed == 1:
+            _time_wait(state, wait, state.gpus[g].role * nobody + i)
+        _start_prefill(tables, state, g, i, age)
         _compete(tables, state, i)
 
 
-@_compiled
+@compiled
 def _route(tables: Tables, state: State, rng: np.random.Generator, s: int) -> int:
     """A GPU for a decode, or -1: uniform over the GPUs with a free slot of the first role of side s that has one."""
     side = tables.sides[s]
@@ -545,7 +581,7 @@ def _route(tables: Tables, state: State, rng: np.random.Generator, s: int) -> in
     return _integer(NONE)
 
 
-@_compiled
+@compiled
 def _waits(state: State, s: int) -> bool:
     """Whether a decode waits on side s."""
     common = state.lines[state.tallies.size + s]
@@ -553,22 +589,26 @@ def _waits(state: State, s: int) -> bool:
     return waits
 
 
-@_compiled
+@compiled
 def _seat_next(tables: Tables, state: State, rng: np.random.Generator, s: int, g: int, age: float) -> None:
     """Seat the next waiting decode of side s on GPU g."""
-    line = _next_line(tables, state, rng, s)
-    tag = _leave(tables, state, state.lines[line].head, age)
-    _start_decode(tables, state, g, tag - (1 + s) * state.tallies.size, age)
+    count = state.tallies.size
+    head = state.lines[_next_line(tables, state, rng, s)].head
+    wait = state.scalars[0].origin + age - state.pool[head].since
+    i = _leave(tables, state, head, age) - (1 + s) * count
+    if tables.fleet[0].timed == 1:
+        _time_wait(state, wait, (state.roles.size + state.gpus[g].role) * count + i)
+    _start_decode(tables, state, g, i, age)
 
 
-@_compiled
+@compiled
 def _gate_at_once(tables: Tables, state: State, rng: np.random.Generator, g: int, age: float) -> None:
     """List GPU g, then admit; apart, for where the gate comes before the decodes and where speed does not matter."""
     _list_gpu(tables, state, g)
     _gate(tables, state, rng, _integer(NONE), age)
 
 
-@_compiled
+@compiled
 def _fill_slots(tables: Tables, state: State, rng: np.random.Generator, g: int, age: float) -> None:
     """Seat waiting decodes on GPU g while it has a free slot, and list it."""
     gpu = state.gpus[g]
@@ -579,7 +619,7 @@ def _fill_slots(tables: Tables, state: State, rng: np.random.Generator, g: int, 
     _list_gpu(tables, state, g)
 
 
-@_compiled
+@compiled
 def _seat_finished(tables: Tables, state: State, rng: np.random.Generator, g: int, i: int, age: float) -> bool:
     """Find a place for the class-i request whose prefill ended on GPU g; returns whether others can take g's slots."""
     gpu = state.gpus[g]
@@ -603,16 +643,13 @@ def _seat_finished(tables: Tables, state: State, rng: np.random.Generator, g: in
 # Events: each takes the member drawn and a residual uniform on [0, bound), and tells whether it is accepted.
 
 
-@_compiled
-def _arrive(tables: Tables, state: State, u: float, age: float) -> int:
-    """An arrival, u uniform on [0, 1); returns its class if it can start at once, else -1."""
-    scaled = u * state.tallies.size
-    i = min(_integer(scaled), state.tallies.size - 1)
-    entry = tables.classes[i]
-    if scaled - i >= entry.alias_threshold:
-        i = _integer(entry.alias)
-    state.tallies[i].arrivals += 1
+@compiled
+def _arrive(tables: Tables, state: State, age: float) -> int:
+    """The next arrival; returns its class if it can start at once, else -1."""
     scalars = state.scalars[0]
+    i = _integer(state.arrival_classes[scalars.arrival])
+    scalars.arrival += 1
+    state.tallies[i].arrivals += 1
     if scalars.idle > 0 and state.winners[1] == state.tallies.size and tables.classes[i].gate_hold < scalars.slack:
         return i
     _join(tables, state, i, age)
@@ -620,7 +657,7 @@ def _arrive(tables: Tables, state: State, u: float, age: float) -> int:
     return _integer(NONE)
 
 
-@_compiled
+@compiled
 def _finish_prefill(
     tables: Tables, state: State, index: int, position: int, residual: float, age: float
 ) -> tuple[int, int]:
@@ -640,6 +677,8 @@ def _finish_prefill(
     service.prefill -= 1
     service.prefill_moment -= age
     role = state.roles[gpu.role]
+    role.mixed_decodes -= gpu.decodes
+    role.mixed_decodes_moment -= gpu.decodes * age
     role.mixed_earning -= gpu.earning
     role.mixed_earning_moment -= gpu.earning * age
     tally = state.tallies[i]
@@ -649,7 +688,7 @@ def _finish_prefill(
     return g, i
 
 
-@_compiled
+@compiled
 def _finish_decode(tables: Tables, state: State, index: int, position: int, residual: float, age: float) -> int:
     """Returns the GPU, -1 if rejected."""
     member = state.members[state.buckets[index].start + position]
@@ -670,13 +709,16 @@ def _finish_decode(tables: Tables, state: State, index: int, position: int, resi
     service.decode -= 1
     service.decode_moment -= age
     if gpu.prefilling == 1:
-        state.roles[gpu.role].mixed_earning -= entry.earning
-        state.roles[gpu.role].mixed_earning_moment -= entry.earning * age
+        mixed = state.roles[gpu.role]
+        mixed.mixed_decodes -= 1
+        mixed.mixed_decodes_moment -= age
+        mixed.mixed_earning -= entry.earning
+        mixed.mixed_earning_moment -= entry.earning * age
     state.tallies[i].decode_completions += 1
     return g
 
 
-@_compiled
+@compiled
 def _abandon(tables: Tables, state: State, index: int, position: int, residual: float, age: float) -> bool:
     member = state.members[state.buckets[index].start + position]
     tag = _integer(member.tag)
@@ -691,40 +733,50 @@ def _abandon(tables: Tables, state: State, index: int, position: int, residual: 
     return True
 
 
-@_compiled
+@compiled
 def advance(tables: Tables, state: State, rng: np.random.Generator, until: float, max_events: int) -> int:
-    """Run to time `until`, or until room or events run out. The pending draw is kept: where one stops changes nothing.
+    """Run to time `until`, or until room, events or arrivals run out.
 
-    Random numbers come from numba's support of numpy's Generator. Measured for an exponential and two uniforms: 4.8 ns;
-    xoshiro256++ written out here, with a logarithm, 5.0 ns; blocks filled by numpy outside 7 ns.
+    The pending draw is kept: where one stops changes nothing. Random numbers come from numba's support of numpy's
+    Generator. Measured for an exponential and two uniforms: 4.8 ns; xoshiro256++ written out here, with a logarithm,
+    5.0 ns; blocks filled by numpy outside 7 ns.
     """
     fleet = tables.fleet[0]
     scalars = state.scalars[0]
     count = state.weights.size
-    status = REACHED
-    time = scalars.next_time
     events = scalars.events
     nulls = scalars.null_draws
-    total = fleet.arrival_rate
+    total = 0.0
     for index in range(count):
         total += state.weights[index]
-    if np.isnan(time):
-        time = rng.standard_exponential() / total
-    while time < until:
+    drawn = scalars.next_time
+    if np.isnan(drawn):
+        drawn = rng.standard_exponential() / total
+    while True:
+        if scalars.arrival >= state.arrival_times.size:
+            status = NO_ARRIVALS
+            break
+        arrival = state.arrival_times[scalars.arrival]
+        time = min(arrival, drawn)
+        if time >= until:
+            status = REACHED
+            break
         if scalars.full != 0:
-            status = _FULL
+            status = FULL
             break
         if events >= max_events:
             status = EXHAUSTED
             break
         age = time - scalars.origin
-        u = rng.random() * total - fleet.arrival_rate
         accepted = False
         newcomer = freed = finished = _integer(NONE)
-        if u < 0.0:
-            newcomer = _arrive(tables, state, 1.0 + u / fleet.arrival_rate, age)
+        left = 0.0  # of the exponential that the pending draw waits for
+        if arrival <= drawn:
+            newcomer = _arrive(tables, state, age)
             accepted = True
+            left = (drawn - time) * total if total > 0.0 else rng.standard_exponential()
         else:
+            u = rng.random() * total
             index = 0
             while index < count and u >= state.weights[index]:
                 u -= state.weights[index]
@@ -741,6 +793,7 @@ def advance(tables: Tables, state: State, rng: np.random.Generator, until: float
                     accepted = freed >= 0
                 else:
                     accepted = _abandon(tables, state, index, position, residual, age)
+            left = rng.standard_exponential()
         if accepted:
             if freed >= 0:
                 if fleet.gate_first == 1:
@@ -753,19 +806,19 @@ def advance(tables: Tables, state: State, rng: np.random.Generator, until: float
                     _fill_slots(tables, state, rng, freed, age)
             _gate(tables, state, rng, newcomer, age)
             events += 1
-            total = fleet.arrival_rate
+            total = 0.0
             for index in range(count):
                 total += state.weights[index]
         else:
             nulls += 1
-        time += rng.standard_exponential() / total
-    scalars.next_time = time
+        drawn = time + left / total
+    scalars.next_time = drawn
     scalars.events = events
     scalars.null_draws = nulls
     return status
 
 
-@_compiled
+@compiled
 def load(
     tables: Tables,
     state: State,

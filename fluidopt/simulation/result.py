@@ -1,87 +1,79 @@
-"""What independent replications say: means with 95 % confidence intervals, and the comparison with the plan."""
+"""What a simulation says: means and percentiles with 95 % confidence intervals, and the comparison with the plan."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
-from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.errors import InvalidInput
 from fluidopt.policy.rules import Policy
 from fluidopt.program import Array
-from fluidopt.simulation.fleet import fleet_system, fluid_start
-from fluidopt.simulation.run import EventLimitExceeded, WaitingLimitExceeded, simulate
-from fluidopt.simulation.system import Replication, Start, System
+from fluidopt.simulation.fleet import fluid_values
+from fluidopt.simulation.statistics import Batches, Estimate
+from fluidopt.simulation.system import Trajectory
 from fluidopt.tables import html, shorten, text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVEL = 0.95
 NEGLIGIBLE = 1e-5
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over independent replications with its 95 % confidence interval (Student t)."""
-
-    mean: float
-    half_width: float
-    standard_error: float
-    replications: int
-
-    @classmethod
-    def of(cls, values: Array) -> Estimate:
-        """Estimate the mean of independent ``values``, shape (replications,)."""
-        count = len(values)
-        error = float(np.std(values, ddof=1) / np.sqrt(count))
-        quantile = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1))
-        return cls(float(np.mean(values)), quantile * error, error, count)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % confidence interval."""
-        return self.mean - self.half_width, self.mean + self.half_width
-
-    def __str__(self) -> str:
-        return f"{self.mean:.6g} ± {self.half_width:.2g} (95 %, {self.replications} replications)"
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SimulationResult:
-    """Averages over the measured window of each replication; rates and occupancies are per GPU of the fleet.
+    """Averages over the measured window of all replications; rates and occupancies are per GPU of the fleet.
 
-    ``values`` holds one array per quantity, first axis the replication, second the class or role where there is one:
+    ``values`` holds one array per quantity, first axis the segment of time (replication after replication), second the
+    class or role where there is one:
     ``revenue_rate`` (money/s), ``admitted``, ``throughput`` (requests/s), ``prefill``, ``decode``, ``prefill_queue``,
-    ``decode_queue`` (requests), ``prefill_wait``, ``decode_wait``, ``time_to_first_token`` (s, by Little's law, over
-    all who arrive at that queue), ``abandonment_share`` (of arrivals), ``role_prefill``, ``role_decode`` (requests).
+    ``decode_queue`` (requests), ``prefill_wait``, ``decode_wait``, ``time_to_first_token`` (s, means by Little's law,
+    over all who arrive at that queue), ``abandonment_share`` (of arrivals), ``role_prefill``, ``role_decode``
+    (requests); and, of the requests that are served, the percentiles ``prefill_wait_p50`` (and ``_p90``, ``_p99``),
+    ``decode_wait_p50``, ``time_to_first_token_p50`` (s), with up to 1,000 classes. A segment's value of a ratio or a
+    percentile is its jackknife pseudo-value.
     """
 
     policy: Policy
     horizon: float
+    """Simulated seconds per replication, warm-up included."""
     warmup: float
+    """Seconds at the beginning of each replication that are not measured."""
+    warmup_rule: str
+    """How the warm-up was chosen."""
+    stationary: bool
+    """Whether what is left looks as if it does not depend on time; false where the rule cut as much as it may."""
+    segment: float
+    """Length of the segments that ``values`` is of, s."""
+    batch_size: int
+    """Consecutive segments that make an independent batch."""
+    replications: int
+    """Number of independent replications."""
     seed: int
     start: str
+    precision: float | None = None
+    """Relative half-width of the revenue rate that was asked for, if any."""
     values: dict[str, Array]
+    controls: Array
+    """Control variates of each segment, (N, C): quantities whose mean is 0."""
     events: int
-    """Transitions of the chain over all replications."""
+    """Transitions of the chain over all replications, warm-up included."""
+    paths: tuple[Trajectory, ...] = ()
+    """The state at equally spaced times, per replication, where it was asked for."""
 
-    @property
-    def replications(self) -> int:
-        """Number of independent replications."""
-        return len(self.values["revenue_rate"])
+    @cached_property
+    def batches(self) -> Batches:
+        """How the estimates are made."""
+        return Batches(self.controls, self.batch_size)
 
     @cached_property
     def revenue_rate(self) -> Estimate:
         """Revenue rate, money/s per GPU."""
-        return Estimate.of(self.values["revenue_rate"])
+        return self.batches.estimate(self.values["revenue_rate"])
 
     @property
     def against_plan(self) -> str:
@@ -95,41 +87,29 @@ class SimulationResult:
 
     def estimate(self, quantity: str, of: str | None = None) -> Estimate:
         """One quantity, of one class or role where it has one (names in the class docstring)."""
+        return self.batches.estimate(self.segment_values(quantity, of))
+
+    def segment_values(self, quantity: str, of: str | None = None) -> Array:
+        """The segments' values of one quantity, (N,), of one class or role where it has one.
+
+        Raises:
+            InvalidInput: there is no such quantity, class or role.
+        """
         if quantity not in self.values:
             raise InvalidInput(f"estimate: quantity must be one of {', '.join(self.values)}; got {quantity!r}")
         values = self.values[quantity]
         if values.ndim == 1:
-            return Estimate.of(values)
+            return values
         labels = self._labels(quantity)
         if of not in labels:
             known = shorten([repr(label) for label in labels])
             raise InvalidInput(f"estimate: {quantity} needs of= one of {known}; got {of!r}")
-        return Estimate.of(values[:, labels.index(of)])
+        return values[:, labels.index(of)]
 
     def _labels(self, quantity: str) -> list[str]:
         if quantity.startswith("role_"):
             return [role.name for role in self.policy.roles]
         return [each.name for each in self.policy.scenario.classes]
-
-    def _fluid(self) -> dict[str, Array]:
-        """What the plan says of each quantity, in the same shapes less the replications; NaN where it is silent."""
-        targets, workload = self.policy.targets, self.policy.scenario.workload
-        fluid = {
-            name: np.array([np.nan if value is None else value for value in getattr(targets, name)], dtype=float)
-            for name in ("admitted", "throughput", "prefill", "decode", "prefill_queue", "decode_queue")
-        }
-        arrival = workload.arrival_rate
-        with np.errstate(divide="ignore", invalid="ignore"):
-            fluid["prefill_wait"] = np.where(arrival > 0, fluid["prefill_queue"] / arrival, np.nan)
-            fluid["decode_wait"] = np.where(fluid["admitted"] > 0, fluid["decode_queue"] / fluid["admitted"], np.nan)
-            fluid["time_to_first_token"] = (fluid["prefill_queue"] + fluid["prefill"]) / arrival
-            gone = workload.abandonment_rate * np.nan_to_num(fluid["prefill_queue"] + fluid["decode_queue"])
-            fluid["abandonment_share"] = np.where(arrival > 0, gone / arrival, np.nan)
-        for name in ("role_prefill", "role_decode"):
-            of = getattr(targets, name)
-            fluid[name] = np.array([of[role.name] for role in self.policy.roles])
-        fluid["revenue_rate"] = np.array(self.policy.revenue_bound)
-        return fluid
 
     def to_frame(self) -> pd.DataFrame:
         """The comparison of plan and simulation: a row per quantity and class or role.
@@ -139,38 +119,81 @@ class SimulationResult:
         """
         import pandas as pd
 
-        rows, index = [], []
-        for quantity, fluid in self._fluid().items():
-            values = self.values[quantity]
-            labels = [""] if values.ndim == 1 else self._labels(quantity)
-            for label, column, target in zip(
-                labels,
-                np.atleast_2d(values.T if values.ndim > 1 else values),
-                np.atleast_1d(fluid),
-                strict=True,
-            ):
-                estimate = Estimate.of(column)
-                difference = estimate.mean - target
-                # A quantity that never varies (all slots always full) has rounding for a standard error.
-                measurable = estimate.standard_error > NEGLIGIBLE * (1.0 + abs(estimate.mean))
-                z = difference / estimate.standard_error if measurable else np.nan
-                rows.append((target, estimate.mean, estimate.half_width, difference, z))
-                index.append((quantity, label))
-        return pd.DataFrame(
-            rows,
-            columns=["fluid", "simulated", "half_width", "difference", "z"],
-            index=pd.MultiIndex.from_tuples(index, names=["quantity", "of"]),
-        ).sort_index(level=0, key=lambda level: level.map(_ORDER.index), sort_remaining=False, kind="stable")
+        fluid = fluid_values(self.policy)
+        frames = []
+        for quantity in fluid:
+            mean, error, _ = (np.atleast_1d(each) for each in self.batches.estimates(self.values[quantity]))
+            difference = mean - fluid[quantity]
+            # A quantity that never varies (all slots always full) has rounding for a standard error.
+            measurable = error > NEGLIGIBLE * (1.0 + np.abs(mean))
+            columns = {
+                "fluid": np.atleast_1d(fluid[quantity]),
+                "simulated": mean,
+                "half_width": self.batches.quantile * error,
+                "difference": difference,
+                "z": np.divide(difference, error, out=np.full_like(mean, np.nan), where=measurable),
+            }
+            frames.append(pd.DataFrame(columns, index=self._index(quantity)))
+        return pd.concat(frames)
+
+    def percentiles(self) -> pd.DataFrame:
+        """Percentiles of the waits and of the time to first token of those who are served, in s.
+
+        A row per quantity and class; columns ``p50``, ``p90``, ``p99`` with the half-width of each (95 %) beside it.
+        Empty where percentiles were not collected (more than 1,000 classes).
+        """
+        import pandas as pd
+
+        frames = []
+        for quantity in ("prefill_wait", "decode_wait", "time_to_first_token"):
+            columns = {}
+            for name in PERCENTILES:
+                if f"{quantity}_{name}" in self.values:
+                    mean, error, _ = self.batches.estimates(self.values[f"{quantity}_{name}"])
+                    columns[name], columns[f"{name}_half_width"] = mean, self.batches.quantile * error
+            if columns:
+                frames.append(pd.DataFrame(columns, index=self._index(quantity)))
+        return pd.concat(frames) if frames else pd.DataFrame(columns=list(PERCENTILES))
+
+    def _index(self, quantity: str) -> pd.MultiIndex:
+        import pandas as pd
+
+        scalar = self.values.get(quantity, np.zeros((0, 0))).ndim == 1
+        labels = [""] if scalar else self._labels(quantity)
+        return pd.MultiIndex.from_product([[quantity], labels], names=["quantity", "of"])
+
+    def path(self, replication: int = 0) -> pd.DataFrame:
+        """The sampled path of one replication: rows by time (s), columns by quantity and class, requests per GPU.
+
+        Raises:
+            InvalidInput: no path was asked for (``simulate(path=...)``), or there is no such replication.
+        """
+        import pandas as pd
+
+        if replication not in range(len(self.paths)):
+            raise InvalidInput(
+                f"path: replication must be below {len(self.paths)}, the number of paths kept; got {replication!r}. "
+                "Ask for paths with simulate(..., path=number of points)."
+            )
+        seen = self.paths[replication]
+        columns = {
+            "prefill_queue": seen.prefill_queue,
+            "prefill": seen.prefill.sum(axis=1),
+            "decode_queue": seen.decode_queue,
+            "decode": seen.decode.sum(axis=1),
+        }
+        frames = {
+            name: pd.DataFrame(counts / self.policy.gpus, index=seen.time, columns=self._labels(name))
+            for name, counts in columns.items()
+        }
+        return pd.concat(frames, axis=1, names=["quantity", "of"]).rename_axis(index="time")
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-able data, replication by replication; `from_dict` reads it back."""
+        """The result as JSON-able data, segment by segment, without the paths; `from_dict` reads it back."""
         return {
             "policy": self.policy.to_dict(),
-            "horizon": self.horizon,
-            "warmup": self.warmup,
-            "seed": self.seed,
-            "start": self.start,
-            "events": self.events,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "controls": self.controls.tolist(),
             "values": {name: _with_none(array.tolist()) for name, array in self.values.items()},
         }
 
@@ -183,51 +206,80 @@ class SimulationResult:
         """Read a result back."""
         try:
             values = {str(name): np.array(array, dtype=float) for name, array in data["values"].items()}
-            return cls(
-                policy=Policy.from_dict(data["policy"]),
-                horizon=float(data["horizon"]),
-                warmup=float(data["warmup"]),
-                seed=int(data["seed"]),
-                start=str(data["start"]),
-                values=values,
-                events=int(data["events"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            controls = np.array(data["controls"], dtype=float).reshape(len(values["revenue_rate"]), -1)
+            plain = {name: data[name] for name in _PLAIN}
+            return cls(policy=Policy.from_dict(data["policy"]), controls=controls, values=values, **plain)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InvalidInput(f"not a saved simulation result: {error!r}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SimulationResult):
             return NotImplemented
-        return (self.policy, self.horizon, self.warmup, self.seed, self.start) == (
-            (other.policy, other.horizon, other.warmup, other.seed, other.start)
-        ) and all(np.array_equal(array, other.values[name], equal_nan=True) for name, array in self.values.items())
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in ("policy", *_PLAIN))
+            and np.array_equal(self.controls, other.controls)
+            and self.values.keys() == other.values.keys()
+            and all(np.array_equal(array, other.values[name], equal_nan=True) for name, array in self.values.items())
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"Simulation of {self.policy.kind}, {self.policy.gpus} GPUs: {self.replications} replications of "
-                f"{self.horizon:g} s, {self.warmup:g} s of them warm-up, start {self.start}, seed {self.seed}",
-                f"Revenue rate {self.revenue_rate} per GPU{self.against_plan}",
-                "",
-                text(self.to_frame(), max_rows=80),
-            ]
+    @property
+    def caption(self) -> str:
+        """How the numbers were made, and how much to believe them, in words."""
+        controls = self.controls.shape[1]
+        sentences = (
+            f"{self.replications} replications of {self.horizon:g} s from {self.start}, seed {self.seed}; the first "
+            f"{self.warmup:.4g} s cut ({self.warmup_rule}); {len(self.batches)} batches of "
+            f"{self.batch_size * self.segment:.4g} s"
         )
+        sentences += f", {controls} control variates" if controls else ""
+        if not self.stationary:
+            sentences += (
+                ". NOT STATIONARY: the fleet still changes after the warm-up; use a longer horizon, or it never settles"
+            )
+        if self.precision is not None and self.revenue_rate.half_width > self.precision * abs(self.revenue_rate.mean):
+            sentences += f". The precision of {self.precision:g} was NOT REACHED within the horizon"
+        return sentences + "."
+
+    def __str__(self) -> str:
+        lines = [
+            f"Simulation of {self.policy.kind}, {self.policy.gpus} GPUs",
+            self.caption,
+            f"Revenue rate {self.revenue_rate} per GPU{self.against_plan}",
+            "",
+            text(self.to_frame(), max_rows=80),
+        ]
+        percentiles = self.percentiles()
+        if len(percentiles):
+            shown = percentiles[list(PERCENTILES)]
+            lines += ["", "Percentiles of those served, s", text(shown, max_rows=80)]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        note = (
-            f"{self.replications} replications of {self.horizon:g} s, {self.warmup:g} s of them warm-up, start "
-            f"{self.start}, seed {self.seed}; 95 % confidence"
-        )
-        return html(
-            self.to_frame(),
-            title=f"{self.policy.kind}, {self.policy.gpus} GPUs: {self.revenue_rate}",
-            note=note,
-            max_rows=80,
-        )
+        title = f"{self.policy.kind}, {self.policy.gpus} GPUs: {self.revenue_rate}"
+        tables = html(self.to_frame(), title=title, note=self.caption, max_rows=80)
+        percentiles = self.percentiles()
+        if len(percentiles):
+            tables += html(percentiles, title="Percentiles of those served, s", note="", max_rows=80)
+        return tables
+
+
+_PLAIN = (
+    "horizon",
+    "warmup",
+    "warmup_rule",
+    "stationary",
+    "segment",
+    "batch_size",
+    "replications",
+    "seed",
+    "start",
+    "precision",
+    "events",
+)
 
 
 def _with_none(values: Any) -> Any:
@@ -235,108 +287,3 @@ def _with_none(values: Any) -> Any:
     if isinstance(values, list):
         return [_with_none(value) for value in values]
     return None if values != values else values
-
-
-_ORDER = [
-    "revenue_rate",
-    "admitted",
-    "throughput",
-    "prefill",
-    "decode",
-    "prefill_queue",
-    "decode_queue",
-    "prefill_wait",
-    "decode_wait",
-    "time_to_first_token",
-    "abandonment_share",
-    "role_prefill",
-    "role_decode",
-]
-
-
-def simulate_policy(
-    policy: Policy, *, horizon: float, warmup: float | None, replications: int, seed: int | None, start: str
-) -> SimulationResult:
-    """Run independent replications, in threads, and collect their averages (see `Policy.simulate`)."""
-    if not (isinstance(horizon, int | float | np.number) and np.isfinite(horizon) and horizon > 0):
-        raise InvalidInput(f"simulate: horizon must be a finite number of seconds above 0; got {horizon!r}")
-    warmup = horizon / 10 if warmup is None else warmup
-    if not (isinstance(warmup, int | float | np.number) and 0 <= warmup < horizon):
-        raise InvalidInput(f"simulate: warmup must be at least 0 and below horizon ({horizon:g} s); got {warmup!r}")
-    if isinstance(replications, bool) or not isinstance(replications, int) or replications < 2:
-        raise InvalidInput(
-            "simulate: replications must be a whole number of at least 2, for a confidence interval; "
-            f"got {replications!r}"
-        )
-    if start not in {"empty", "fluid"}:
-        raise InvalidInput(f"simulate: start must be 'empty' or 'fluid'; got {start!r}")
-    if seed is None:
-        seed = int(np.random.SeedSequence().entropy % 2**32)  # type: ignore[operator]
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise InvalidInput(f"simulate: seed must be a whole number of at least 0; got {seed!r}")
-    system = fleet_system(policy)
-    origin = fluid_start(policy, system) if start == "fluid" else Start.empty(system)
-    streams = np.random.SeedSequence(int(seed)).spawn(replications)
-
-    def replicate(stream: np.random.SeedSequence) -> Replication:
-        return simulate(system, origin, horizon=horizon, warmup=warmup, rng=np.random.default_rng(stream))
-
-    try:
-        with ThreadPoolExecutor(max_workers=min(replications, os.cpu_count() or 1)) as pool:
-            runs = list(_progress(pool.map(replicate, streams), replications))
-    except WaitingLimitExceeded as error:
-        raise InvalidInput(
-            f"simulate: the queues grow without end ({error}); the fleet is too small for classes that never abandon. "
-            "Use more GPUs or give them an abandonment rate."
-        ) from None
-    except EventLimitExceeded as error:
-        raise SolverFailure(f"simulate: {error}; use a shorter horizon") from None
-    return SimulationResult(
-        policy=policy,
-        horizon=float(horizon),
-        warmup=float(warmup),
-        seed=int(seed),
-        start=start,
-        values=_averages(policy.gpus, system, runs),
-        events=sum(run.events for run in runs),
-    )
-
-
-def _progress(runs: Any, total: int) -> Any:
-    """A bar on stderr, only where a person watches."""
-    from tqdm import tqdm
-
-    return tqdm(runs, total=total, desc="replications", file=sys.stderr, disable=None, leave=False, delay=1.0)
-
-
-def _averages(gpus: int, system: System, runs: list[Replication]) -> dict[str, Array]:
-    """Window averages per GPU, first axis the replication."""
-
-    def stack(name: str) -> Array:
-        return np.array([getattr(run, name) / run.window for run in runs], dtype=float)
-
-    prefill, decode = stack("prefill_time"), stack("decode_time")
-    prefill_queue, decode_queue = stack("prefill_queue_time"), stack("decode_queue_time")
-    admitted = stack("prefill_completions")
-    arrivals = stack("arrivals")
-    gone = stack("abandoned_prefill") + stack("abandoned_decode")
-    # Little's law with the known arrival rate; the decode queue's own arrival rate is only known by counting.
-    rate = np.where(system.arrival_rate > 0, system.arrival_rate, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        decode_wait = decode_queue / np.where(admitted > 0, admitted, np.nan)
-        share = gone / np.where(arrivals > 0, arrivals, np.nan)
-    return {
-        "revenue_rate": stack("expected_reward") / gpus,
-        "admitted": admitted / gpus,
-        "throughput": stack("decode_completions") / gpus,
-        "prefill": prefill.sum(axis=1) / gpus,
-        "decode": decode.sum(axis=1) / gpus,
-        "prefill_queue": prefill_queue / gpus,
-        "decode_queue": decode_queue / gpus,
-        "prefill_wait": prefill_queue / rate,
-        "decode_wait": decode_wait,
-        "time_to_first_token": (prefill_queue + prefill.sum(axis=1)) / rate,
-        "abandonment_share": share,
-        "role_prefill": prefill.sum(axis=2) / gpus,
-        "role_decode": decode.sum(axis=2) / gpus,
-    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluidopt.simulation.arrivals import Arrivals, Poisson
 from fluidopt.simulation.kernel import (
+    BINS,
     BUCKET,
     CHOICE,
     CLASS,
@@ -19,6 +20,7 @@ from fluidopt.simulation.kernel import (
     LINE,
     MARGIN,
     MEMBER,
+    NO_ARRIVALS,
     NONE,
     PLACE,
     REACHED,
@@ -28,6 +30,7 @@ from fluidopt.simulation.kernel import (
     SCALARS,
     SERVICE,
     SIDE,
+    STARTS,
     TALLY,
     WAITING,
     AnyArray,
@@ -43,6 +46,7 @@ from fluidopt.simulation.system import (
     Replication,
     Start,
     System,
+    Totals,
     Trajectory,
     reject,
 )
@@ -70,23 +74,6 @@ def _group(rates: FloatArray) -> tuple[IntArray, FloatArray]:
             bounds.append(float(rates[i]))
         group[i] = len(bounds) - 1
     return group, np.array(bounds)
-
-
-def _alias_table(rates: FloatArray) -> tuple[FloatArray, IntArray]:
-    """Walker's alias table, built as by Vose (1991): cell i stands for class i below its threshold, else its alias."""
-    threshold = np.ones(rates.size)
-    alias = np.arange(rates.size)
-    if rates.sum() > 0:
-        share = rates / rates.sum() * rates.size
-        small = list(np.flatnonzero(share < 1))
-        large = list(np.flatnonzero(share >= 1))
-        while small and large:
-            i, j = small.pop(), large[-1]
-            threshold[i], alias[i] = share[i], j
-            share[j] -= 1 - share[i]
-            if share[j] < 1:
-                small.append(large.pop())
-    return threshold, alias
 
 
 def _quantum(system: System) -> float:
@@ -136,7 +123,7 @@ def _places(system: System, of_class: IntArray, waiting_bucket: IntArray) -> Any
     return places.ravel()
 
 
-def _build_tables(system: System) -> tuple[Tables, FloatArray]:
+def _build_tables(system: System, waits: bool) -> tuple[Tables, FloatArray]:
     """The tables, and the bounds of the buckets."""
     speeds = system.decode_speeds()
     prefills = system.role_prefill_mode >= 0
@@ -147,7 +134,6 @@ def _build_tables(system: System) -> tuple[Tables, FloatArray]:
     waiting_group, waiting_bounds = _group(system.abandonment_rate)
 
     fleet = np.zeros(1, dtype=FLEET)
-    fleet["arrival_rate"] = system.arrival_rate.sum()
     fleet["first_prefill_bucket"] = first_prefill = decode_bounds.size
     fleet["first_waiting_bucket"] = first_waiting = first_prefill + prefill_bounds.size
     fleet["by_level"] = system.placement == FEWEST_DECODES
@@ -155,6 +141,7 @@ def _build_tables(system: System) -> tuple[Tables, FloatArray]:
     fleet["holds"] = np.any(system.gate_hold > -np.inf)
     fleet["fcfs"] = system.gate_fcfs
     fleet["gate_first"] = system.gate_first
+    fleet["timed"] = waits
 
     classes = np.zeros(system.classes, dtype=CLASS)
     classes["per_prompt"] = 1.0 / system.prompt_tokens
@@ -164,7 +151,6 @@ def _build_tables(system: System) -> tuple[Tables, FloatArray]:
         classes[name] = getattr(system, name)
     by_hold = np.argsort(system.gate_hold, kind="stable")
     classes["leaf"][by_hold] = np.arange(system.classes)
-    classes["alias_threshold"], classes["alias"] = _alias_table(system.arrival_rate)
     classes["decode_bucket"] = decode_group
     classes["prefill_bucket"] = first_prefill + prefill_group
     waiting_bucket = np.where(waiting_group >= 0, first_waiting + waiting_group, NONE)
@@ -216,8 +202,11 @@ def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
     choices["start"] = np.cumsum(capacity) - capacity
     levels = int(system.role_decode_slots.max()) + 1 if system.placement == FEWEST_DECODES else 1
     leaves = max(2, 1 << (count - 1).bit_length())
+    number = np.zeros(1)
     return State(
         scalars=scalars,
+        arrival_times=np.empty(0),
+        arrival_classes=np.empty(0, dtype=np.int64),
         gpus=gpus,
         free_members=np.zeros(system.gpus, dtype=np.int32),
         free_size=np.zeros(system.roles, dtype=np.int64),
@@ -237,6 +226,9 @@ def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
         members=np.empty(0, dtype=MEMBER),
         entrants=np.array([(np.inf, -np.inf)] * (count + 1), dtype=ENTRANT),
         winners=np.full(2 * leaves, count, dtype=np.int32),
+        waits=np.zeros(2 * system.roles * count * BINS * int(tables.fleet["timed"][0]), dtype=np.int32),
+        number=number,
+        bits=number.view(np.int64),
     )
 
 
@@ -319,20 +311,35 @@ def _by_stage(values: AnyArray, classes: int) -> tuple[AnyArray, AnyArray]:
     return by_place[0].copy(), by_place[1:].sum(axis=0)
 
 
-class _Run:
-    """A replication under way: the compiled state, and stopping it at given times."""
+class Run:
+    """A replication under way: the compiled state, advanced to any times and asked in between for what it saw.
+
+    The path depends on the state of `rng` alone, not on where it is stopped; `arrivals` is the stream of requests, by
+    default Poisson at the system's rates. Arrivals and what happens to them are drawn from two streams, so two systems
+    run from equal generators meet the same arrivals.
+    """
 
     def __init__(
-        self, system: System, start: Start, rng: np.random.Generator, max_events: int, max_waiting: int
+        self,
+        system: System,
+        start: Start,
+        rng: np.random.Generator,
+        *,
+        arrivals: Arrivals | None = None,
+        waits: bool = False,
+        max_events: int = 10**11,
+        max_waiting: int = WAITING_LIMIT,
     ) -> None:
-        self.system, self.rng, self.max_waiting = system, rng, max_waiting
-        self.events_left = max_events
+        ours, theirs = rng.spawn(2)
+        self.system, self.rng, self.max_waiting = system, ours, max_waiting
+        self.arrivals: Arrivals = Poisson(system.arrival_rate, theirs) if arrivals is None else arrivals
+        self.timed, self.events_left = waits, max_events
         prefills, decodes = _spread(system, start)
         waiting = _queue_up(system, start)
         if waiting.size > max_waiting:
             rule = f"at least the {waiting.size} requests waiting at the start"
             raise reject("max_waiting", "simulate", rule, max_waiting)
-        self.tables, bounds = _build_tables(system)
+        self.tables, bounds = _build_tables(system, waits)
         classes = self.tables.classes
         label = waiting % system.classes  # a waiting request may be seated at once: room for it there too
         needed = [
@@ -344,7 +351,18 @@ class _Run:
         members = np.bincount(used[used >= 0], minlength=bounds.size)
         empty = _build_state(system, self.tables, bounds)
         self.state = _make_room(empty, members, waiting.size, max_waiting)
-        load(self.tables, self.state, rng, prefills, decodes, waiting)
+        load(self.tables, self.state, self.rng, prefills, decodes, waiting)
+        self._forget()
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """A copy from another process: the two views of one number were copied apart."""
+        self.__dict__.update(attributes)
+        self.state = self.state._replace(bits=self.state.number.view(np.int64))
+
+    @property
+    def origin(self) -> float:
+        """When what `collect` reports next began, s."""
+        return float(self.state.scalars["origin"][0])
 
     def advance(self, until: float) -> None:
         """Run to time `until`."""
@@ -352,6 +370,11 @@ class _Run:
             status = advance(self.tables, self.state, self.rng, until, self.events_left)
             if status == REACHED:
                 return
+            if status == NO_ARRIVALS:
+                times, classes = next(self.arrivals)
+                self.state = self.state._replace(arrival_times=times, arrival_classes=classes)
+                self.state.scalars["arrival"] = 0
+                continue
             time = float(self.state.scalars["next_time"][0])
             if status == EXHAUSTED:
                 raise EventLimitExceeded(
@@ -360,6 +383,14 @@ class _Run:
                 )
             self._check_waiting(time)
             self.state = _make_room(self.state, 0, 0, self.max_waiting)
+
+    def visit(self, times: FloatArray) -> list[Start]:
+        """Run to each of the increasing `times`; returns the states."""
+        states = []
+        for time in times:
+            self.advance(time)
+            states.append(self.counts())
+        return states
 
     def _check_waiting(self, time: float) -> None:
         count = self.system.classes
@@ -374,19 +405,6 @@ class _Run:
             "max_waiting."
         )
 
-    def open_window(self, time: float) -> Start:
-        """Forget the counters and moments of the past; returns the state."""
-        state = self.state
-        for table in (state.tallies, state.roles, state.service, state.waiting):
-            for name in table.dtype.names or ():
-                if name.endswith("moment") or name in COUNTERS.split() or name == "abandoned":
-                    table[name] = 0
-        scalars = state.scalars
-        self.events_left -= int(scalars["events"][0])
-        scalars["events"] = scalars["null_draws"] = 0
-        scalars["origin"] = time
-        return self.counts()
-
     def counts(self) -> Start:
         """The present state."""
         shape = (self.system.roles, self.system.classes)
@@ -398,47 +416,65 @@ class _Run:
             decode=self.state.service["decode"].reshape(shape),
         )
 
-    def close_window(self, window: float, at_start: Start, trajectory: Trajectory | None) -> Replication:
-        """What was seen since the window opened, `window` seconds ago."""
+    def most(self) -> tuple[IntArray, IntArray]:
+        """Most decodes, and most decodes plus prefill, ever on one GPU of each role, (R,)."""
+        roles = self.state.roles
+        return roles["most_decodes"].astype(np.int64), roles["most_requests"].astype(np.int64)
+
+    def collect(self, now: float) -> Totals:
+        """What was seen since the last call, or since time 0, up to time `now`, to which the run was advanced."""
         system, state = self.system, self.state
+        window = now - self.origin
         shape = (system.roles, system.classes)
-        counters = {name: state.tallies[name].copy() for name in COUNTERS.split()}
+        service = state.service
         abandoned_prefill, abandoned_decode = _by_stage(state.waiting["abandoned"], system.classes)
         queue_time = _by_stage(state.waiting["count"] * window - state.waiting["moment"], system.classes)
-        service = state.service
         prefill_time = (service["prefill"] * window - service["prefill_moment"]).reshape(shape)
         decode_time = (service["decode"] * window - service["decode_moment"]).reshape(shape)
-
         rest_speed, mixed_speed = system.decode_speeds().T
         gain = np.where(system.role_prefill_mode >= 0, mixed_speed - rest_speed, 0.0)
         mixed_earning = state.roles["mixed_earning"] * window - state.roles["mixed_earning_moment"]
+        mixed_decodes = state.roles["mixed_decodes"] * window - state.roles["mixed_decodes_moment"]
         earning = decode_time @ (system.decode_reward / system.output_tokens)
         expected = (
             np.sum(prefill_time * system.prefill_rates() * system.prefill_reward)
             + np.dot(rest_speed, earning)
             + np.dot(gain, mixed_earning) * _quantum(system)
         )
+        counters = {name: state.tallies[name].copy() for name in COUNTERS.split()}
+        starts = {name: service[name].reshape(shape).copy() for name in STARTS.split()}
         reward = counters["prefill_completions"] @ system.prefill_reward
         reward += counters["decode_completions"] @ system.decode_reward
-        return Replication(
-            window=window,
+        totals = Totals(
+            window=np.array(window),
             **counters,
+            **starts,
             abandoned_prefill=abandoned_prefill,
             abandoned_decode=abandoned_decode,
-            at_start=at_start,
-            at_end=self.counts(),
             prefill_queue_time=queue_time[0],
             decode_queue_time=queue_time[1],
             prefill_time=prefill_time,
             decode_time=decode_time,
-            reward=float(reward),
-            expected_reward=float(expected),
-            events=int(state.scalars["events"][0]),
-            null_draws=int(state.scalars["null_draws"][0]),
-            most_decodes=state.roles["most_decodes"].astype(np.int64),
-            most_requests=state.roles["most_requests"].astype(np.int64),
-            trajectory=trajectory,
+            expected_tokens=np.array(rest_speed @ decode_time.sum(axis=1) + gain @ mixed_decodes),
+            reward=np.array(reward),
+            expected_reward=np.array(expected),
+            events=state.scalars["events"].sum(),
+            null_draws=state.scalars["null_draws"].sum(),
+            waits=state.waits.reshape(2, *shape, BINS).copy() if state.waits.size else None,
         )
+        self._forget()
+        state.scalars["origin"] = now
+        return totals
+
+    def _forget(self) -> None:
+        state = self.state
+        for table in (state.tallies, state.roles, state.service, state.waiting):
+            for name in table.dtype.names or ():
+                if name.endswith("moment") or name in (*COUNTERS.split(), *STARTS.split(), "abandoned"):
+                    table[name] = 0
+        state.waits[:] = 0
+        self.events_left -= int(state.scalars["events"][0])
+        state.scalars["events"] = state.scalars["null_draws"] = 0
 
 
 def simulate(
@@ -449,6 +485,8 @@ def simulate(
     warmup: float,
     rng: np.random.Generator,
     max_events: int = 10**11,
+    arrivals: Arrivals | None = None,
+    waits: bool = False,
     max_waiting: int = WAITING_LIMIT,
     samples: int = 0,
 ) -> Replication:
@@ -462,10 +500,12 @@ def simulate(
         start: the state at time 0; `Start.empty(system)` is the empty fleet.
         horizon: simulated time, s.
         warmup: where the measurement window opens, s, in [0, horizon).
-        rng: source of randomness, advanced by the call. A thread needs its own.
+        rng: source of randomness; each call with the same generator spawns new streams of it.
+        arrivals: the requests, by default Poisson at the system's rates.
+        waits: count waits by their length.
+        samples: report the state at this many equally spaced times, 0 and horizon included.
         max_events: stop with an error after this many events.
         max_waiting: stop with an error when more requests than this wait at once.
-        samples: report the state at this many equally spaced times, 0 and horizon included.
 
     Raises:
         ValueError: an argument is out of range, or the start does not fit the system's caps.
@@ -488,20 +528,23 @@ def simulate(
         rule = f"of shape (roles, classes) = {(system.roles, system.classes)}"
         raise reject("start.prefill", "simulate", rule, start.prefill.shape)
 
-    run = _Run(system, start, rng, int(max_events), int(max_waiting))
+    run = Run(
+        system, start, rng, arrivals=arrivals, waits=waits, max_events=int(max_events), max_waiting=int(max_waiting)
+    )
     times = np.linspace(0.0, horizon, samples)
-    seen: list[Start] = []
-    for time in times[times < warmup]:
-        run.advance(time)
-        seen.append(run.counts())
+    seen = run.visit(times[times < warmup])
     run.advance(warmup)
-    at_start = run.open_window(warmup)
-    for time in times[times >= warmup]:
-        run.advance(time)
-        seen.append(run.counts())
+    run.collect(warmup)
+    at_start = run.counts()
+    seen += run.visit(times[times >= warmup])
     run.advance(horizon)
-    trajectory = None
-    if samples:
-        columns = {field.name: np.stack([getattr(s, field.name) for s in seen]) for field in fields(Start)}
-        trajectory = Trajectory(time=times, **columns)
-    return run.close_window(horizon - warmup, at_start, trajectory)
+    at_end = run.counts()
+    most_decodes, most_requests = run.most()
+    return Replication(
+        **vars(run.collect(horizon)),
+        at_start=at_start,
+        at_end=at_end,
+        most_decodes=most_decodes,
+        most_requests=most_requests,
+        trajectory=Trajectory.of(times, seen) if samples else None,
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -271,35 +272,36 @@ class Trajectory:
     prefill: IntArray
     decode: IntArray
 
+    @classmethod
+    def of(cls, time: FloatArray, states: Sequence[Start]) -> Trajectory:
+        """From the states at the times."""
+        columns = {each.name: np.stack([getattr(state, each.name) for state in states]) for each in fields(Start)}
+        return cls(time=time[: len(states)], **columns)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Replication:
-    """What one replication saw in its window [warmup, horizon].
-
-    Per class and per stage the flows balance exactly, for example
-    arrivals = prefill_starts + abandoned_prefill + at_end.prefill_queue - at_start.prefill_queue.
+class Totals:
+    """What was seen in a window of time, as sums over the fleet; with leading axes, in each of several windows.
 
     Attributes:
         window: length of the window, s.
-        arrivals, prefill_starts, prefill_completions, decode_starts, decode_completions, abandoned_prefill,
-            abandoned_decode: (I,) counts.
-        at_start, at_end: the states in which the window opened and closed.
+        arrivals, prefill_completions, decode_completions, abandoned_prefill, abandoned_decode: (I,) counts.
+        prefill_starts, decode_starts: (R, I) counts.
         prefill_queue_time, decode_queue_time: (I,) request-seconds spent waiting.
         prefill_time, decode_time: (R, I) request-seconds spent in service.
+        expected_tokens: integral of the decode iterations per second over all requests, given the state.
         reward: money earned by the completions counted.
         expected_reward: integral of the reward rate given the state (prefills in service at their rate times their
             reward, decodes likewise at the speed of their GPU's present mode). Its difference from `reward` has mean 0
             over any window. Neither always varies less: with scarce slots the expected one is nearly constant, with
-            ample ones it has up to twice the variance (it measures service times). Across replications the difference
-            is a control variate.
+            ample ones it has up to twice the variance (it measures service times).
         events: arrivals, completions and abandonments, the transitions of the chain.
         null_draws: draws rejected by the thinning, the overhead of the method.
-        most_decodes, most_requests: (R,) most decodes, and most decodes plus prefill, ever on one GPU of the
-            role, warm-up included.
-        trajectory: the state at `samples` times, None unless asked for.
+        waits: (2, R, I, bins) waits above 0 that ended in the start of a prefill or of a decode, by length (see
+            `fluidopt.simulation.waits`); None unless asked for.
     """
 
-    window: float
+    window: FloatArray
     arrivals: IntArray
     prefill_starts: IntArray
     prefill_completions: IntArray
@@ -307,16 +309,58 @@ class Replication:
     decode_completions: IntArray
     abandoned_prefill: IntArray
     abandoned_decode: IntArray
-    at_start: Start
-    at_end: Start
     prefill_queue_time: FloatArray
     decode_queue_time: FloatArray
     prefill_time: FloatArray
     decode_time: FloatArray
-    reward: float
-    expected_reward: float
-    events: int
-    null_draws: int
+    expected_tokens: FloatArray
+    reward: FloatArray
+    expected_reward: FloatArray
+    events: IntArray
+    null_draws: IntArray
+    waits: IntArray | None
+
+    def map(self, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Totals:
+        """Each of the arrays through `function`, which works on the leading axes."""
+        present: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(Totals)}
+        mapped: dict[str, Any] = {name: None if array is None else function(array) for name, array in present.items()}
+        return Totals(**mapped)
+
+    @classmethod
+    def stack(cls, windows: Sequence[Totals]) -> Totals:
+        """Several windows as one, along a new first axis."""
+        return cls._combine(np.stack, windows)
+
+    @classmethod
+    def join(cls, first: Totals, second: Totals) -> Totals:
+        """The segments (second axis) of both."""
+        return cls._combine(partial(np.concatenate, axis=1), (first, second))
+
+    @classmethod
+    def _combine(cls, function: Callable[..., npt.NDArray[Any]], windows: Sequence[Totals]) -> Totals:
+        columns = {each.name: [getattr(window, each.name) for window in windows] for each in fields(Totals)}
+        combined: dict[str, Any] = {
+            name: None if column[0] is None else function(column) for name, column in columns.items()
+        }
+        return Totals(**combined)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Replication(Totals):
+    """What one replication saw in its window [warmup, horizon].
+
+    Per class and per stage the flows balance exactly, for example
+    arrivals = prefill_starts + abandoned_prefill + at_end.prefill_queue - at_start.prefill_queue.
+
+    Attributes:
+        at_start, at_end: the states in which the window opened and closed.
+        most_decodes, most_requests: (R,) most decodes, and most decodes plus prefill, ever on one GPU of the
+            role, warm-up included.
+        trajectory: the state at `samples` times, None unless asked for.
+    """
+
+    at_start: Start
+    at_end: Start
     most_decodes: IntArray
     most_requests: IntArray
     trajectory: Trajectory | None
