@@ -1,4 +1,4 @@
-from .chain import ChainResult, exact_chain
+from .chain import ChainResult, OptimalPolicy, exact_chain, optimal_policy
 from .contention import GPU, ContentionCurve, IterationTime, Mode
 from .data import azure_2023
 from .errors import (
@@ -9,10 +9,12 @@ from .errors import (
     SolverFailure,
     TraceFormatError,
 )
+from .fluid import FluidState, FluidTrajectory, fluid_trajectory
 from .model import FluidModel
 from .plan import Plan
-from .plots import plot_plan, plot_result, plot_summary
+from .plots import plot_plan, plot_result, plot_summary, plot_trajectory
 from .policy import Policy
+from .policy.refine import Refinement, refine_policy
 from .reference import reference_model
 from .scenario import Scenario, read_scenario
 from .service_levels import (
@@ -49,6 +51,8 @@ __all__ = [
     "Estimate",
     "FleetSize",
     "FluidModel",
+    "FluidState",
+    "FluidTrajectory",
     "FluidoptError",
     "InfeasibleModel",
     "InvalidInput",
@@ -59,10 +63,12 @@ __all__ = [
     "MeanTTFT",
     "MeanWait",
     "Mode",
+    "OptimalPolicy",
     "Plan",
     "Policy",
     "PolicyComparison",
     "PrefillFairness",
+    "Refinement",
     "Resolved",
     "ResolvedMany",
     "Scenario",
@@ -81,12 +87,16 @@ __all__ = [
     "classify",
     "compare_policies",
     "exact_chain",
+    "fluid_trajectory",
+    "optimal_policy",
     "plot_plan",
     "plot_result",
     "plot_summary",
+    "plot_trajectory",
     "read_scenario",
     "read_trace",
     "reference_model",
+    "refine_policy",
     "size_fleet",
 ]
 

@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from fluidopt.fluid import FluidTrajectory
     from fluidopt.plan import Plan
     from fluidopt.simulation.result import SimulationResult
+    from fluidopt.studies.convergence import ConvergenceStudy, FleetPoint
+    from fluidopt.studies.policy_study import PolicyStudy
 
 INK = "#1f2933"
 DARK, MIDDLE, LIGHT = "#16697a", "#e07a1f", "#b9d8de"
 MOST_CLASSES = 12
+MOST_LINES = 4
+LINES = (DARK, MIDDLE, "#6b7280", LIGHT)
+STYLES, MARKERS = ("-", ":", "-."), ("o", "s", "^")
 
 
 def plot_plan(plan: Plan) -> Figure:
@@ -57,6 +66,164 @@ def plot_summary(plan: Plan, result: SimulationResult) -> Figure:
     axes[1, 1].set_yticks(*_ticks(_names(plan)))
     _title(figure, f"{result.policy.kind} on {result.policy.gpus} GPUs: {_earned(result)}")
     return figure
+
+
+def plot_trajectory(path: FluidTrajectory) -> Figure:
+    """Queues, requests in service and revenue of a fluid trajectory over time."""
+    figure, axes = _figure(1, 3, rows=6)
+    curves = (
+        ("Waiting, requests per GPU", "prefill_queue", "decode_queue"),
+        ("In service, requests per GPU", "prefill", "decode"),
+    )
+    for axis, (title, *quantities) in zip(axes, curves, strict=False):
+        for name, colour in zip(quantities, (DARK, MIDDLE), strict=True):
+            values = getattr(path, name)
+            label = name.split("_")[0]
+            axis.plot(path.time, values.reshape(len(path.time), -1).sum(axis=1), color=colour, label=label)
+        _panel(axis, title)
+    axes[2].plot(path.time, path.revenue_rate, color=DARK, label="fluid")
+    if path.revenue_bound is not None:
+        axes[2].axhline(path.revenue_bound, color=MIDDLE, linewidth=0.8, label="plan")
+    _panel(axes[2], "Money/s per GPU")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("s", fontsize=8)
+    _title(figure, f"Fluid trajectory: {path.revenue_rate[-1]:.4g} money/s per GPU after {path.time[-1]:g} s")
+    return figure
+
+
+def plot_convergence(study: ConvergenceStudy) -> Figure:
+    """Policies against the number of GPUs, beside the fluid plan: revenue, queues, decodes by role and class."""
+    figure, axes = _figure(2, max(3, len(study.kinds) + 1), rows=6)
+    frame = study.to_frame()
+    classes = _names(study.plan)[:MOST_LINES]
+    _approach(axes[0, 0], frame[frame["quantity"] == "revenue_rate"], {"": DARK}, "Revenue, money/s per GPU")
+    for axis, name in zip(axes[0, 1:], ("prefill", "decode"), strict=False):
+        chosen = frame[frame["quantity"] == f"{name}_queue"]
+        _approach(axis, chosen, dict(zip(classes, LINES, strict=False)), f"Waiting for {name}, requests per GPU")
+    for axis, kind in zip(axes[1], study.kinds, strict=False):
+        _decodes(axis, study.of(kind), classes, f"Decodes per GPU, {kind}")
+    _misplaced(axes[1, len(study.kinds)], study)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(frame["gpus"].unique()), [f"{n}" for n in sorted(frame["gpus"].unique())])
+        axis.minorticks_off()
+        axis.set_xlabel("GPUs", fontsize=8)
+    _title(figure, "Approach of finite fleets to the fluid plan (dashed); 95 % intervals")
+    return figure
+
+
+def plot_policy_study(study: PolicyStudy) -> Figure:
+    """What each policy loses on random instances, a dot each, with quartiles; hollow where kappa < (B-1)/B."""
+    figure, axes = _figure(1, 2, rows=len(study.kinds) + 2)
+    holds = np.array([each.decode_bound_holds for each in study.instances])
+    kinds = list(study.policies.index)
+    tables = {
+        "Short of the fluid bound, %": study.losses("bound"),
+        f"Less than {study.proposed}, % of the bound": -study.leads,
+    }
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        places = _class_axis(axis, kinds)
+        for place, kind in zip(places, kinds, strict=True):
+            values = 100 * table[kind].to_numpy()
+            axis.boxplot(
+                values,
+                positions=[place],
+                orientation="horizontal",
+                widths=0.55,
+                whis=(0, 100),
+                patch_artist=True,
+                manage_ticks=False,
+                boxprops={"facecolor": LIGHT, "edgecolor": "none"},
+                medianprops={"color": INK, "linewidth": 1.6},
+                whiskerprops={"color": INK, "linewidth": 0.8},
+                capprops={"color": INK, "linewidth": 0.8},
+            )
+            # spread out by rank, so that equal values do not hide each other
+            height = place + 0.2 * np.sin(2.4 * np.arange(len(values)))
+            axis.plot(values[holds], height[holds], "o", markersize=3.5, color=DARK)
+            axis.plot(values[~holds], height[~holds], "o", markersize=3.5, color=MIDDLE, fillstyle="none")
+            axis.plot(values.mean(), place, "D", markersize=6, color=INK, markeredgecolor="white")
+        axis.axvline(0, color=INK, linewidth=0.8)
+        # small differences matter beside large losses
+        axis.set_xscale("symlog", linthresh=1.0, linscale=0.7)
+        low, high = 100 * table.to_numpy().min(), 100 * table.to_numpy().max()
+        axis.set_xlim(min(1.3 * low, 0.0) - 0.1, 1.3 * high + 0.1)
+        ticks = [each for each in (-100, -30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 100) if low <= each <= high]
+        axis.set_xticks(ticks, [f"{each:g}" for each in ticks])
+        axis.minorticks_off()
+        _panel(axis, title, legend=False)
+    axes[1].set_yticklabels([])
+    figure.supxlabel(
+        "dots: instances (hollow: kappa < (B-1)/B); boxes: quartiles and median; diamonds: mean; linear up to 1 %",
+        fontsize=8,
+        color=INK,
+    )
+    _title(figure, f"{len(study.instances)} random instances, {study.gpus} GPUs, common arrivals")
+    return figure
+
+
+def _approach(axis: Axes, frame: pd.DataFrame, colours: dict[str, str], title: str) -> None:
+    """One quantity against the number of GPUs, a line per policy and class."""
+    for at, (kind, of_kind) in enumerate(frame.groupby("kind", sort=False)):
+        for of, colour in colours.items():
+            line = of_kind[of_kind["of"] == of]
+            axis.errorbar(
+                line["gpus"],
+                line["simulated"],
+                yerr=line["half_width"],
+                color=colour,
+                linestyle=STYLES[at % len(STYLES)],
+                marker=MARKERS[at % len(MARKERS)],
+                fillstyle="full" if at % 2 == 0 else "none",
+                markersize=4,
+                capsize=2,
+                # the first panel tells the policies apart, the others the classes
+                label=kind if not of else of if at == 0 else None,
+            )
+            if at == 0:
+                axis.axhline(line["fluid"].iloc[0], color=colour, linestyle="--", linewidth=1)
+    _panel(axis, title, rows=-(-len(axis.get_legend_handles_labels()[0]) // 2))
+
+
+def _decodes(axis: Axes, fleets: Sequence[FleetPoint], classes: list[str], title: str) -> None:
+    """Decodes in service against the number of GPUs, a line per role and class."""
+    for r, role in enumerate(fleets[0].policy.roles):
+        for i, (name, colour) in enumerate(zip(classes, LINES, strict=False)):
+            axis.errorbar(
+                [each.policy.gpus for each in fleets],
+                [each.decode_by_role[r, i] for each in fleets],
+                yerr=[each.decode_by_role_half_width[r, i] for each in fleets],
+                color=colour,
+                marker=MARKERS[r % len(MARKERS)],
+                markersize=4,
+                capsize=2,
+                label=f"{role.name}, {name}",
+            )
+            axis.axhline(fleets[0].decode_targets[r, i], color=colour, linestyle="--", linewidth=1)
+    axis.set_ylim(bottom=0)
+    _panel(axis, title, rows=-(-len(axis.get_legend_handles_labels()[0]) // 2))
+
+
+def _misplaced(axis: Axes, study: ConvergenceStudy) -> None:
+    """How far decodes by role are from the plan, class by class and in total."""
+    for at, kind in enumerate(study.kinds):
+        table = study.fleets.loc[kind]
+        for name, colour, of in (("decodes_by_class", MIDDLE, "by class"), ("decodes_in_total", DARK, "in total")):
+            axis.plot(
+                table.index,
+                table[name],
+                color=colour,
+                linestyle=STYLES[at % len(STYLES)],
+                marker=MARKERS[at % len(MARKERS)],
+                fillstyle="full" if at % 2 == 0 else "none",
+                markersize=4,
+                label=f"{kind}, {of}",
+            )
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    _panel(axis, "Decodes per GPU off the plan at most", rows=len(study.kinds))
 
 
 def _earned(result: SimulationResult) -> str:
@@ -97,9 +264,9 @@ def _title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, color=INK)
 
 
-def _panel(axis: Axes, title: str, legend: bool = True) -> None:
-    """Title above, legend between title and axes, where no bar can be."""
-    axis.set_title(title, loc="left", fontsize=9, color=INK, pad=22 if legend else 6)
+def _panel(axis: Axes, title: str, legend: bool = True, rows: int = 1) -> None:
+    """Title above, legend (of so many rows) between title and axes, where no bar can be."""
+    axis.set_title(title, loc="left", fontsize=9, color=INK, pad=8 + 14 * rows if legend else 6)
     if legend:
         axis.legend(
             loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2

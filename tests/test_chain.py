@@ -7,65 +7,15 @@ import pytest
 from scipy import sparse, stats
 from scipy.linalg import expm
 from scipy.sparse import csgraph
+from small_fleets import two_classes, two_stages
 
 import fluidopt as fo
 from fluidopt.chain import enumerate_chain, exact_chain, stationary_law, transient_law
 from fluidopt.chain import exact as exact_module
-from fluidopt.chain.generator import check_known
-from fluidopt.chain.moves import FOLLOW_GATE
 from fluidopt.chain.states import Layout
 from fluidopt.chain.stationary import certified, pinned_law, relative_residual
 from fluidopt.simulation.run import simulate
-from fluidopt.simulation.system import Start, System
-
-
-def two_classes(**changes):
-    """A mixed GPU with two slots and a decode-only GPU with two."""
-    arguments = {
-        "arrival_rate": [0.5, 0.3],
-        "prompt_tokens": [0.5, 0.9],
-        "output_tokens": [1.0, 0.6],
-        "abandonment_rate": [2.5, 3.5],
-        "mode_chunk": [1.0, 0.0],
-        "mode_time": [1.6, 1.0],
-        "role_gpus": [1, 1],
-        "role_prefill_mode": [0, -1],
-        "role_rest_mode": [1, 1],
-        "role_decode_slots": [1, 2],
-        "role_slots": [2, 2],
-        "gate_slope": [1.0, 1.0],
-        "gate_base": [0.0, 0.3],
-        "gate_queue_target": [0.0, 0.0],
-        "router_order": [1, 0],
-        "placement": 0,
-        "prefill_reward": [1.0, 2.0],
-        "decode_reward": [3.0, 5.0],
-    }
-    return System(**(arguments | changes))
-
-
-def two_stages(*, arrival_rate, prefill_rate, prefill_gpus, decode_rate, slots, patience):
-    """One class: prefill-only GPUs that rest idle, and one decode-only GPU; iterations take 1 s."""
-    return System(
-        arrival_rate=[arrival_rate],
-        prompt_tokens=[1.0 / prefill_rate],
-        output_tokens=[1.0 / decode_rate],
-        abandonment_rate=[patience],
-        mode_chunk=[1.0, 0.0, 0.0],
-        mode_time=[1.0, np.nan, 1.0],
-        role_gpus=[prefill_gpus, 1],
-        role_prefill_mode=[0, -1],
-        role_rest_mode=[1, 2],
-        role_decode_slots=[0, slots],
-        role_slots=[1, slots],
-        gate_slope=[1.0],
-        gate_base=[0.0],
-        gate_queue_target=[0.0],
-        router_order=[0, 1],
-        placement=0,
-        prefill_reward=[0.0],
-        decode_reward=[1.0],
-    )
+from fluidopt.simulation.system import Start
 
 
 def random_system(seed):
@@ -172,7 +122,7 @@ def test_the_decode_stage_with_impatience_is_erlang_a_in_the_limit_of_instant_pr
 @pytest.mark.parametrize("seed", range(12))
 def test_two_methods_agree_and_flows_balance(seed):
     system = random_system(seed)
-    layout = Layout(system=system, prefill_queue_cap=5, decode_queue_cap=3, ordered_places=seed % 4, holding=True)
+    layout = Layout(system=system, prefill_queue_cap=5, decode_queue_cap=3, ordered_places=seed % 4)
     states, generator = enumerate_chain(layout)
     assert len(states) <= layout.states()
     assert np.unique(states.keys).size == len(states)
@@ -257,29 +207,6 @@ def test_exchangeable_gpus_are_one_state():
     together = replace(apart, system=merged)
     counts = [len(enumerate_chain(layout)[0]) for layout in (apart, together)]
     assert counts[1] < 0.6 * counts[0]
-
-
-def test_a_decision_is_a_parameter():
-    system = two_classes(arrival_rate=[0.5, 0.4])
-    layout = Layout(system=system, prefill_queue_cap=2, decode_queue_cap=1, ordered_places=1, holding=True)
-    hold = system.classes
-    space, none = enumerate_chain(layout, actions=(FOLLOW_GATE, 0, 1, hold))
-    assert none is None
-    assert len(space) <= layout.states()
-    following, holding = space.rows(FOLLOW_GATE), space.rows(hold)
-    for rows in (following, holding):
-        np.testing.assert_allclose(rows.sum(axis=1), 0.0, atol=1e-12)
-    gated, generator = enumerate_chain(replace(layout, holding=False))
-    where = np.array([np.flatnonzero(space.keys == key)[0] for key in gated.keys])
-    assert abs(following[where][:, where] - generator).max() < 1e-12
-    # from the empty fleet a held arrival waits, and nothing else can happen
-    first = holding[[0]].tocoo()
-    assert first.nnz == 3
-    assert all(
-        "decodes [0, 0]" in space.describe(int(k)) and "prefill 0" not in space.describe(int(k)) for k in first.col
-    )
-    with pytest.raises(fo.InvalidInput, match="leads out of these states"):
-        gated.rows(hold)
 
 
 def test_the_simulator_agrees():
@@ -410,12 +337,6 @@ def test_other_things_are_refused():
     with pytest.raises(fo.InvalidInput, match="takes a Policy or a System; got str"):
         exact_chain("policy")
 
-    system = two_classes()
-    check_known(system)
-    held = replace(system, gate_fcfs=True)
-    with pytest.raises(fo.InvalidInput, match=r"does not implement System.gate_fcfs; got True\. Simulate instead"):
-        exact_chain(held)
-
 
 # The reference instance
 
@@ -432,7 +353,7 @@ def test_the_reference_instance_of_one_and_two_gpus(reference_plan):
     joined = chain.to_frame().join(result.to_frame())
     assert len(joined) == len(chain.to_frame()) == len(result.to_frame())
     assert (chain.to_frame().index == result.to_frame().index).all()
-    assert "first 0 of the decode buffer in order (approximate)" in repr(chain)
+    assert "first 0 of a line in order (approximate)" in repr(chain)
     assert "Revenue rate" in chain._repr_html_()
     with pytest.raises(fo.InvalidInput, match=r"up to \d+,\d+ states with prefill_queue_cap=4, decode_queue_cap=4"):
         exact_chain(reference_plan.policy(gpus=2), max_states=100_000)

@@ -718,3 +718,19 @@ def test_many_classes_balance_and_reject_few_draws(baseline):
     seen = run(system, horizon=120.0, warmup=60.0)
     assert_balance(seen)
     assert seen.null_draws < 0.6 * seen.events
+
+
+def test_one_event_can_start_hundreds_of_prefills(baseline):
+    """A class held back is let in all at once when slots get free; the counts stay those of the requests."""
+    system = replace(
+        baseline.reference_system(20_000),
+        role_gpus=[7000, 13_000],
+        gate_slope=[0.0, 0.0],
+        gate_base=[1.0, 0.0],
+        gate_hold=[1000.0, -np.inf],
+    )
+    seen = run(system, horizon=100.0, warmup=0.0, samples=1001)
+    assert_balance(seen)
+    path = seen.trajectory.prefill.sum(axis=1)
+    assert np.all(path >= 0)
+    assert np.abs(np.diff(path[:, 0])).max() > 20, "the held class comes in bursts"

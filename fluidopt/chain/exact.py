@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from fluidopt.chain.generator import Means, StateSpace, check_known, enumerate_chain
+from fluidopt.chain.generator import StateSpace, enumerate_chain
+from fluidopt.chain.means import Means, values_frame
 from fluidopt.chain.moves import ARRIVAL_CUT, DECODE_CUT
 from fluidopt.chain.states import GIB, Layout
 from fluidopt.chain.stationary import DIRECT_LIMIT, Method, relative_residual, stationary_law
@@ -50,7 +51,7 @@ class ChainResult:
 
     @property
     def exact(self) -> bool:
-        """Whether the decode buffer's order is kept in full; if not, the law approximates that of the FCFS buffer."""
+        """Whether the order of the first-come lines is kept in full; if not, the law is an approximation."""
         return self.states.layout.exact
 
     @property
@@ -78,56 +79,20 @@ class ChainResult:
 
     def earnings(self, means: Means) -> float:
         """Revenue rate per GPU under other means, for instance those of a transient law."""
-        s = self.system
-        return float(means.admitted @ s.prefill_reward + means.throughput @ s.decode_reward) / s.gpus
+        return means.revenue_rate(self.system)
 
     @cached_property
     def values(self) -> dict[str, FloatArray]:
-        """Every quantity of `SimulationResult.values`, under the same name and in the same unit.
+        """Every mean of `SimulationResult.values`, under the same name and in the same unit.
 
         The waits are Little's law over all who arrive at that queue; NaN where nobody does.
         """
-        s, m, gpus = self.system, self.means, self.system.gpus
-        prefill = m.prefill.sum(axis=0)
-        arrival = np.where(s.arrival_rate > 0, s.arrival_rate, np.nan)
-        return {
-            "revenue_rate": np.array(self.revenue_rate),
-            "admitted": m.admitted / gpus,
-            "throughput": m.throughput / gpus,
-            "prefill": prefill / gpus,
-            "decode": m.decode.sum(axis=0) / gpus,
-            "prefill_queue": m.prefill_queue / gpus,
-            "decode_queue": m.decode_queue / gpus,
-            "prefill_wait": m.prefill_queue / arrival,
-            "decode_wait": m.decode_queue / np.where(m.admitted > 0, m.admitted, np.nan),
-            "time_to_first_token": (m.prefill_queue + prefill) / arrival,
-            "abandonment_share": s.abandonment_rate * (m.prefill_queue + m.decode_queue) / arrival,
-            "role_prefill": m.prefill.sum(axis=1) / gpus,
-            "role_decode": m.decode.sum(axis=1) / gpus,
-        }
+        return self.means.values(self.system)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per quantity and class or role, column ``exact``; the index is that of `SimulationResult.to_frame`, so
         the two join."""
-        import pandas as pd
-
-        if self.policy is None:
-            classes = [f"class {i}" for i in range(self.system.classes)]
-            roles = [f"role {r}" for r in range(self.system.roles)]
-        else:
-            classes = [each.name for each in self.policy.scenario.classes]
-            roles = [role.name for role in self.policy.roles]
-        rows = {
-            (quantity, label): float(value)
-            for quantity, values in self.values.items()
-            for label, value in zip(
-                [""] if values.ndim == 0 else roles if quantity.startswith("role_") else classes,
-                np.atleast_1d(values),
-                strict=True,
-            )
-        }
-        index = pd.MultiIndex.from_tuples(list(rows), names=["quantity", "of"])
-        return pd.DataFrame({"exact": list(rows.values())}, index=index)
+        return values_frame(self.values, self.system, self.policy, column="exact")
 
     def transient(self, t: float, start: int | FloatArray | None = None, *, tolerance: float = 1e-12) -> TransientLaw:
         """The law at time ``t`` (s), by uniformisation.
@@ -154,7 +119,8 @@ class ChainResult:
     def _caption(self) -> str:
         layout = self.states.layout
         kind = "Exact chain" if self.policy is None else f"Exact chain of {self.policy.kind}"
-        order = "" if self.exact else f", first {layout.ordered_places} of the decode buffer in order (approximate)"
+        places = max(line.places for line in layout.lines)
+        order = "" if self.exact else f", first {places} of a line in order (approximate)"
         return (
             f"{kind}, {self.system.gpus} GPU(s): {len(self.states):,} states, at most {layout.prefill_queue_cap} and "
             f"{layout.decode_queue_cap} waiting{order}; lost mass {self.lost_mass:.1e}, residual {self.residual:.1e}"
@@ -189,9 +155,10 @@ def exact_chain(
 
     Args:
         policy_or_system: a policy, or the arrays of a fleet.
-        prefill_queue_cap, decode_queue_cap: most requests waiting, all classes together; None grows the cap until the
-            lost mass is within the tolerance.
-        ordered_places: places at the head of the decode buffer kept in order; None keeps all of them, which is exact
+        prefill_queue_cap, decode_queue_cap: most requests waiting, all classes and all sides together; None grows the
+            cap until the lost mass is within the tolerance.
+        ordered_places: places kept in order at the head of every line that is first come first served over several
+            classes: the decode buffers, and the prefill queue if admission is; None keeps all of them, which is exact
             and, over I classes, costs I^length states. Fewer is an approximation (`fluidopt.chain.states`) that
             converges as places are added; `ChainResult.exact` says which it is.
         tolerance: largest lost mass accepted.
@@ -200,41 +167,29 @@ def exact_chain(
             ``"auto"``.
 
     Raises:
-        InvalidInput: the chain is too large, the caps lose more than the tolerance, the policy has a rule that the
-            chain does not implement, or an argument is out of range.
+        InvalidInput: the chain is too large, the caps lose more than the tolerance, or an argument is out of range.
         SolverFailure: no law passes its check.
     """
-    policy = policy_or_system if isinstance(policy_or_system, Policy) else None
-    if policy is not None:
-        system = fleet_system(policy)
-    elif isinstance(policy_or_system, System):
-        system = policy_or_system
-    else:
-        raise InvalidInput(f"exact_chain: takes a Policy or a System; got {type(policy_or_system).__name__}")
-    check_known(system)
-    for name, value, least in (
-        ("prefill_queue_cap", prefill_queue_cap, 0),
-        ("decode_queue_cap", decode_queue_cap, 0),
-        ("ordered_places", ordered_places, 0),
-        ("max_states", max_states, 1),
-    ):
-        if value is not None and not is_whole(value, least=least):
-            raise InvalidInput(f"exact_chain: {name} must be a whole number of at least {least}; got {value!r}")
+    policy, system = subject(policy_or_system, caller="exact_chain")
+    check_sizes(
+        "exact_chain",
+        prefill_queue_cap=prefill_queue_cap,
+        decode_queue_cap=decode_queue_cap,
+        ordered_places=ordered_places,
+        max_states=max_states,
+        memory_limit=memory_limit,
+    )
     if not (isinstance(tolerance, float | int) and 0 < tolerance <= 1):
         raise InvalidInput(f"exact_chain: tolerance must be above 0 and at most 1; got {tolerance!r}")
-    if not memory_limit > 0:
-        raise InvalidInput(f"exact_chain: memory_limit must be above 0 bytes; got {memory_limit!r}")
     caps = [FIRST_CAP if cap is None else int(cap) for cap in (prefill_queue_cap, decode_queue_cap)]
     grows = [prefill_queue_cap is None, decode_queue_cap is None]
     why = ""
     while True:
-        places = caps[1] if ordered_places is None else min(int(ordered_places), caps[1])
         layout = Layout(
             system=system,
             prefill_queue_cap=caps[0],
             decode_queue_cap=caps[1],
-            ordered_places=0 if system.classes == 1 else places,
-            holding=bool(np.any(system.gate_hold > -np.inf)),
+            ordered_places=max(caps) if ordered_places is None else int(ordered_places),
         )
         layout.refuse(max_states=int(max_states), memory_limit=memory_limit, why=why)
         if method == "direct" and layout.states() > DIRECT_LIMIT:
@@ -243,7 +198,6 @@ def exact_chain(
                 "Use method='iterative'."
             )
         states, generator = enumerate_chain(layout)
-        assert generator is not None
         law = stationary_law(generator, method=method)
         result = ChainResult(
             policy=policy, system=system, states=states, generator=generator, law=law, tolerance=float(tolerance)
@@ -264,6 +218,25 @@ def exact_chain(
         for k, marginal in enumerate(marginals):
             if growing[k]:
                 caps[k] += _further(marginal, lost[k], tolerance / 4)
+
+
+def subject(policy_or_system: Policy | System, *, caller: str) -> tuple[Policy | None, System]:
+    """The policy, if it is one, and the arrays of its fleet."""
+    if isinstance(policy_or_system, Policy):
+        return policy_or_system, fleet_system(policy_or_system)
+    if isinstance(policy_or_system, System):
+        return None, policy_or_system
+    raise InvalidInput(f"{caller}: takes a Policy or a System; got {type(policy_or_system).__name__}")
+
+
+def check_sizes(caller: str, *, memory_limit: float, **sizes: int | None) -> None:
+    """Raise unless the sizes are whole numbers of at least 0 (`max_states`: 1) and the memory is above 0 bytes."""
+    for name, value in sizes.items():
+        least = int(name == "max_states")
+        if value is not None and not is_whole(value, least=least):
+            raise InvalidInput(f"{caller}: {name} must be a whole number of at least {least}; got {value!r}")
+    if not memory_limit > 0:
+        raise InvalidInput(f"{caller}: memory_limit must be above 0 bytes; got {memory_limit!r}")
 
 
 def _further(marginal: FloatArray, lost: float, target: float) -> int:

@@ -1,14 +1,18 @@
 """What a state of the exact chain is: its layout, its packing into one integer, and their number before they exist.
 
 A state lists, role by role and sorted within a role (its GPUs are exchangeable), the *configuration* of every GPU: the
-class of its prefill, if one runs, and its decodes by class. Then the prefill queue's length of each class (a queue is
-FCFS inside a class, so lengths suffice), then the decode buffer. The buffer is one FCFS queue over all classes, and
-which class stands at its head depends on the order in which prefills ended. That order is correlated with the rest of
-the state, so no draw of the head from counts alone gives the same law: the exact state holds the buffer as a word. A
-word over I classes costs I^length states. `Layout.ordered_places` bounds the price: so many places at the head are a
-word, the requests behind it are counts by class, of which one is drawn in proportion when a place in the word comes
-free. That is exact if the word holds the whole buffer or there is one class; else an approximation, whose totals over
-classes are still exact where the classes have equal D_i and theta_i, and which converges as places are added.
+class of its prefill, if one runs, and its decodes by class. Then the lines of those who wait: one before the prefill,
+and one before the decode for every side of the fleet.
+
+Of most classes in a line the number suffices: before the prefill a queue is FCFS inside a class, and so is a buffer
+inside a class with a weight. The others of a line stand in one FCFS queue: all classes if admission is first come first
+served, and in a buffer those without a weight. Which of them stands at the head depends on the order in which they
+came. That order is correlated with the rest of the state, so no draw of the head from counts alone gives the same law:
+the exact state holds the queue as a word. A word over k classes costs k^length states. `Layout.ordered_places` bounds
+the price: so many places at the head are a word, the requests behind it are counts by class, of which one is drawn in
+proportion when a place in the word comes free. That is exact if the word holds the whole queue or it has one class;
+else an approximation, which converges as places are added and whose totals over classes are still exact where the
+classes have equal theta_i and, of a buffer, equal D_i.
 """
 
 from __future__ import annotations
@@ -24,20 +28,62 @@ import numpy.typing as npt
 from fluidopt.errors import InvalidInput
 from fluidopt.simulation.system import FloatArray, IntArray, System
 
-KEY_LIMIT = 2**62
-"""A packed state is one integer below this."""
+KEY_BITS = 62
+"""A packed state is one integer of so many bits."""
 
 GIB = 2**30
 
 
 def _orders(classes: int, size: int) -> int:
     """Ways to split `size` requests over the classes."""
-    return comb(size + classes - 1, classes - 1)
+    return comb(size + classes - 1, size) if classes > 0 else int(size == 0)
 
 
-def _up_to(classes: int, size: int) -> int:
+def up_to(classes: int, size: int) -> int:
     """Ways to hold at most `size` requests."""
     return comb(size + classes, classes) if size >= 0 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of those who wait: a word of the classes at its head, then a count per class.
+
+    Attributes:
+        cap: most requests in it.
+        places: length of the word.
+        ordered: classes that stand in one FCFS queue, of which the word is the head.
+        unordered: classes of which the number is all that matters. A class in neither never comes here.
+    """
+
+    cap: int
+    places: int
+    ordered: tuple[int, ...]
+    unordered: tuple[int, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the order is kept in full, or there is none to keep."""
+        return len(self.ordered) <= 1 or self.places >= self.cap
+
+    def contents(self, length: int) -> int:
+        """Number of contents with so many requests."""
+        return sum(
+            self._queues(queued) * _orders(len(self.unordered), length - queued)
+            for queued in (range(length + 1) if self.ordered else (0,))
+        )
+
+    def _queues(self, length: int) -> int:
+        classes = len(self.ordered)
+        word = min(length, self.places)
+        return int(classes**word * _orders(classes, length - word))
+
+    def radices(self, classes: int) -> list[int]:
+        """Number of values of each entry: the word (0 is an empty place), then the counts."""
+        behind = self.cap - self.places
+        counts = [
+            behind + 1 if i in self.ordered else self.cap + 1 if i in self.unordered else 1 for i in range(classes)
+        ]
+        return [classes + 1] * self.places + counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,67 +93,88 @@ class Layout:
     Attributes:
         system: the dynamics.
         prefill_queue_cap: most requests waiting for prefill, all classes together; more are turned away.
-        decode_queue_cap: most requests in the decode buffer; a finished prefill that finds it full is turned away.
-        ordered_places: places at the head of the buffer whose class is kept in order (module docstring).
-        holding: whether a decision rule may leave a request waiting beside an idle GPU.
+        decode_queue_cap: most requests waiting for decode, in all buffers together; a finished prefill that finds them
+            full and no free slot is turned away.
+        ordered_places: places at the head of each FCFS queue over several classes that are kept in order (module
+            docstring); more than its cap are its cap.
     """
 
     system: System
     prefill_queue_cap: int
     decode_queue_cap: int
     ordered_places: int
-    holding: bool = False
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """The line before the prefill, then that of each side."""
+        s = self.system
+        everyone = tuple(range(s.classes))
+        prefilling = (s.role_prefill_mode >= 0) & (s.role_gpus > 0)
+        leaves = bool(np.any(prefilling & (s.role_stays == 0)))  # else nobody ever waits for a decode
+        lines = [self._line(self.prefill_queue_cap, *((everyone, ()) if s.gate_fcfs else ((), everyone)))]
+        for share, weight in zip(s.side_share, s.side_weight, strict=True):
+            comes = [i for i in everyone if share[i] > 0 and leaves]
+            ordered, unordered = (tuple(i for i in comes if (weight[i] > 0) == weighted) for weighted in (False, True))
+            lines.append(self._line(self.decode_queue_cap if comes else 0, ordered, unordered))
+        return tuple(lines)
+
+    def _line(self, cap: int, ordered: tuple[int, ...], unordered: tuple[int, ...]) -> Line:
+        places = min(self.ordered_places, cap) if len(ordered) > 1 else 0
+        return Line(cap=cap, places=places, ordered=ordered, unordered=unordered)
 
     @property
     def exact(self) -> bool:
-        """Whether the buffer's order is kept in full, or there is none to keep."""
-        return self.system.classes == 1 or self.ordered_places >= self.decode_queue_cap
+        """Whether the order of every line is kept in full, or there is none to keep."""
+        return all(line.exact for line in self.lines)
 
-    @property
-    def tail_cap(self) -> int:
-        """Most requests of the buffer behind the word."""
-        return self.decode_queue_cap - self.ordered_places
-
-    def buffer_states(self) -> int:
-        """Contents of the decode buffer, the empty one included."""
-        classes, places = self.system.classes, self.ordered_places
-        shorter = sum(classes**length for length in range(places))
-        return int(shorter + classes**places * _up_to(classes, self.tail_cap))
+    @cached_property
+    def holding(self) -> bool:
+        """Whether the gate may leave a request waiting beside an idle GPU."""
+        return bool(np.any(self.system.gate_hold > -np.inf))
 
     def states(self) -> int:
         """Upper bound of the number of states, exact but for what the dynamics never reach.
 
-        Counts sorted configurations: a decode waits only where no GPU has a free decode slot, a prefill (unless
-        `holding`) only where none that may prefill is idle.
+        Counts sorted configurations: a decode waits only where no GPU of its side has a free decode slot, a prefill
+        (unless `holding`) only where none that may prefill is idle.
         """
-        everywhere = {"any": 1, "full": 1, "busy": 1, "both": 1}
-        for r in range(self.system.roles):
-            for kind, count in self._configurations(r).items():
-                everywhere[kind] *= comb(count + int(self.system.role_gpus[r]) - 1, int(self.system.role_gpus[r]))
-        if self.holding:
-            everywhere["busy"], everywhere["both"] = everywhere["any"], everywhere["full"]
-        queues = _up_to(self.system.classes, self.prefill_queue_cap) - 1
-        buffers = self.buffer_states() - 1
-        return (
-            everywhere["any"]
-            + queues * everywhere["busy"]
-            + buffers * everywhere["full"]
-            + queues * buffers * everywhere["both"]
-        )
+        s, (queue, *buffers) = self.system, self.lines
+        queues = sum(queue.contents(length) for length in range(1, queue.cap + 1))
+        total = 0
+        for waits in product((False, True), repeat=len(buffers)):
+            some_wait, none_waits = 1, 1
+            for r in range(s.roles):
+                kinds, gpus = self.configurations(r), int(s.role_gpus[r])
+                full = waits[s.role_side[r]]
+                none_waits *= comb(kinds["full" if full else "any"] + gpus - 1, gpus)
+                some_wait *= comb(kinds["both" if full else "busy"] + gpus - 1, gpus)
+            contents = self._contents([line for line, some in zip(buffers, waits, strict=True) if some])
+            total += contents * (none_waits + queues * (none_waits if self.holding else some_wait))
+        return total
 
-    def _configurations(self, r: int) -> dict[str, int]:
+    def _contents(self, lines: list[Line]) -> int:
+        """Contents of buffers of which none is empty."""
+        by_length = [1] + [0] * self.decode_queue_cap
+        for line in lines:
+            own = [line.contents(length) if 0 < length <= line.cap else 0 for length in range(len(by_length))]
+            by_length = [
+                sum(own[k] * by_length[length - k] for k in range(1, length + 1)) for length in range(len(by_length))
+            ]
+        return sum(by_length)
+
+    def configurations(self, r: int) -> dict[str, int]:
         """Configurations of a GPU of role r: any; without a free decode slot; unable to start a prefill; both."""
         s, classes = self.system, self.system.classes
         decodes, slots = int(s.role_decode_slots[r]), int(s.role_slots[r])
         if s.role_prefill_mode[r] < 0:
             full = _orders(classes, decodes)
-            total = _up_to(classes, decodes)
+            total = up_to(classes, decodes)
             return {"any": total, "full": full, "busy": total, "both": full}
         beside = min(decodes, slots - 1)
-        running, running_full = classes * _up_to(classes, beside), classes * _orders(classes, beside)
+        running, running_full = classes * up_to(classes, beside), classes * _orders(classes, beside)
         blocked = _orders(classes, decodes) if decodes >= slots else 0
         return {
-            "any": running + _up_to(classes, decodes),
+            "any": running + up_to(classes, decodes),
             "full": running_full + _orders(classes, decodes),
             "busy": running + blocked,
             "both": running_full + blocked,
@@ -119,9 +186,9 @@ class Layout:
         gpus, classes = int(s.gpus), s.classes
         prefilling = int(s.role_gpus[s.role_prefill_mode >= 0].sum())
         decoding = int(s.role_gpus[s.role_decode_slots > 0].sum())
-        waiting = 2 * classes + self.ordered_places // 2
+        waiting = sum(len(line.ordered) + len(line.unordered) + line.places // 2 for line in self.lines)
         spread = 1 if gpus <= 2 else 2
-        return classes + waiting + spread * (prefilling + decoding * classes)
+        return classes + waiting + spread * (prefilling * s.sides + decoding * classes)
 
     def memory(self) -> int:
         """Estimated bytes of enumeration, generator and iterative solution together, at their peak."""
@@ -131,7 +198,7 @@ class Layout:
         # rows while they grow; the generator, its transpose and the incomplete factors
         per_entry = 40
         tables = (
-            sum(self._configurations(r)["any"] for r in range(self.system.roles)) * (8 + 4 * self.system.classes) * 8
+            sum(self.configurations(r)["any"] for r in range(self.system.roles)) * (8 + 4 * self.system.classes) * 8
         )
         return states * per_state + nnz * per_entry + tables
 
@@ -143,10 +210,11 @@ class Layout:
         """
         states, memory = self.states(), self.memory()
         caps = f"prefill_queue_cap={self.prefill_queue_cap}, decode_queue_cap={self.decode_queue_cap}"
-        words = "" if self.exact and self.system.classes == 1 else f", ordered_places={self.ordered_places}"
+        ordered = max(line.places for line in self.lines)
+        words = f", ordered_places={ordered}" if any(len(line.ordered) > 1 for line in self.lines) else ""
         instead = "Simulate instead (Policy.simulate), or use fewer GPUs, slots or classes, or lower caps"
-        if self.system.classes != 1 and self.ordered_places > 0:
-            instead += ", or keep fewer places of the decode buffer in order (ordered_places, approximate)"
+        if ordered > 0:
+            instead += ", or keep fewer places of the first-come lines in order (ordered_places, approximate)"
         if states > max_states:
             raise InvalidInput(
                 f"exact_chain: the chain has up to {states:,} states with {caps}{words}, more than "
@@ -157,16 +225,24 @@ class Layout:
                 f"exact_chain: the chain ({states:,} states with {caps}{words}) needs about {memory / GIB:.2f} GiB, "
                 f"more than memory_limit={memory_limit / GIB:.2f} GiB{why}. {instead}."
             )
-        if prod(self.radices()) > KEY_LIMIT:
+        if self.bits() > KEY_BITS:
             raise InvalidInput(f"exact_chain: a state with {caps}{words} does not fit into 62 bits. {instead}.")
 
     def radices(self) -> list[int]:
         """Number of values of each entry of a state, in the order of the layout."""
         s = self.system
-        gpus = [self._configurations(r)["any"] for r in range(s.roles) for _ in range(s.role_gpus[r])]
-        queues = [self.prefill_queue_cap + 1] * s.classes
-        word = [s.classes + 1] * self.ordered_places
-        return gpus + queues + word + [self.tail_cap + 1] * s.classes
+        gpus = [self.configurations(r)["any"] for r in range(s.roles) for _ in range(s.role_gpus[r])]
+        return gpus + [radix for line in self.lines for radix in line.radices(s.classes)]
+
+    def bits(self) -> int:
+        """Bits of a packed state."""
+        return (prod(self.radices()) - 1).bit_length()
+
+    @cached_property
+    def starts(self) -> IntArray:
+        """(1 + sides, 2) where the word and the counts of each line begin in a state."""
+        lengths = [length for line in self.lines for length in (line.places, self.system.classes)]
+        return (self.system.gpus + np.cumsum([0, *lengths[:-1]])).reshape(-1, 2)
 
     @cached_property
     def multipliers(self) -> IntArray:
@@ -243,10 +319,14 @@ class Configurations:
             finished=finished,
         )
 
+    def roles(self) -> IntArray:
+        """(K,) role of each configuration."""
+        return np.repeat(np.arange(self.first.size - 1), np.diff(self.first))
+
     def rates(self, system: System) -> tuple[FloatArray, FloatArray]:
         """Rate of the prefill's end, (K,), and of each decode's, (K, I), 1/s ([L26] eq. (4), at the GPU's present
         mode)."""
-        role = np.repeat(np.arange(system.roles), np.diff(self.first))
+        role = self.roles()
         running = self.prefill >= 0
         prefill = np.where(running, system.prefill_rates()[role, self.prefill], 0.0)
         speed = system.decode_speeds()[role, running.astype(int)]

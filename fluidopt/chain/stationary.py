@@ -11,21 +11,20 @@ generator's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from scipy import sparse
 from scipy.sparse import csgraph
-from scipy.sparse.linalg import LinearOperator, bicgstab, splu
+from scipy.sparse.linalg import splu
 
+from fluidopt.chain.incomplete import bicgstab, diagonal_places, incomplete_lu
+from fluidopt.chain.packing import compiled
 from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.simulation.system import FloatArray
 
 Method = Literal["auto", "direct", "iterative"]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 DIRECT_STATES = 500
 """Largest chain that "auto" solves directly whatever its structure: above, fill makes the iterative method faster."""
@@ -42,10 +41,6 @@ RESIDUAL = 1e-12
 
 LIKELY = 1e-6
 """A pinned state is at least this likely, relative to the likeliest."""
-
-
-def _compiled(function: Function) -> Function:
-    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
 def stationary_law(generator: sparse.csr_array, *, method: Method = "auto") -> FloatArray:
@@ -147,7 +142,7 @@ def likely_state(generator: sparse.csr_array, *, steps: int = 200_000) -> int:
     return int(np.argmax(spent))
 
 
-@_compiled
+@compiled
 def _wander(
     starts: npt.NDArray[Any],
     columns: npt.NDArray[Any],
@@ -187,16 +182,9 @@ def _iterative(generator: sparse.csr_array, *, rounds: int = 30, inner: int = 20
     balance.sort_indices()
     starts, columns = balance.indptr, balance.indices
     where = np.empty(size, dtype=starts.dtype)
-    _diagonal_places(starts, columns, where)
+    diagonal_places(starts, columns, where)
     factors = balance.data.copy()
-    _incomplete_lu(starts, columns, where, factors, np.full(size, -1, dtype=np.int64))
-
-    def precondition(vector: FloatArray) -> FloatArray:
-        solved = np.array(vector, dtype=float).ravel()
-        _solve(starts, columns, where, factors, solved)
-        return solved
-
-    preconditioner = LinearOperator((size, size), matvec=precondition, dtype=float)
+    incomplete_lu(starts, columns, where, factors, np.full(size, -1, dtype=np.int64))
     law = np.full(size, 1.0 / size)
     _sweep(starts, columns, where, balance.data, law, 3)
     law /= law.sum()
@@ -204,7 +192,7 @@ def _iterative(generator: sparse.csr_array, *, rounds: int = 30, inner: int = 20
     diagonal = balance.data[where]
     for _ in range(rounds):
         residual = balance @ law
-        step, _ = bicgstab(balance, -residual, rtol=1e-8, atol=0.0, maxiter=inner, M=preconditioner)
+        step = bicgstab(balance, where, factors, -residual, relative=1e-8, most=inner)
         if np.all(np.isfinite(step)) and abs(total := float((law + step).sum())) > 1e-3:
             law = np.maximum((law + step) / total, 0.0)
         _sweep(starts, columns, where, balance.data, law, 2)
@@ -220,57 +208,7 @@ def _iterative(generator: sparse.csr_array, *, rounds: int = 30, inner: int = 20
     return ordered
 
 
-@_compiled
-def _diagonal_places(starts: npt.NDArray[Any], columns: npt.NDArray[Any], where: npt.NDArray[Any]) -> None:
-    for row in range(where.size):
-        for k in range(starts[row], starts[row + 1]):
-            if columns[k] == row:
-                where[row] = k
-
-
-@_compiled
-def _incomplete_lu(
-    starts: npt.NDArray[Any],
-    columns: npt.NDArray[Any],
-    where: npt.NDArray[Any],
-    factors: FloatArray,
-    place: npt.NDArray[Any],
-) -> None:
-    """ILU(0) in place, unit lower factor; a vanishing pivot (the matrix is singular) keeps its diagonal entry."""
-    for row in range(where.size):
-        diagonal = factors[where[row]]
-        for k in range(starts[row], starts[row + 1]):
-            place[columns[k]] = k
-        for k in range(starts[row], where[row]):
-            pivot = columns[k]
-            factors[k] /= factors[where[pivot]]
-            for m in range(where[pivot] + 1, starts[pivot + 1]):
-                at = place[columns[m]]
-                if at >= 0:
-                    factors[at] -= factors[k] * factors[m]
-        for k in range(starts[row], starts[row + 1]):
-            place[columns[k]] = -1
-        if abs(factors[where[row]]) < 1e-10 * abs(diagonal):
-            factors[where[row]] = diagonal
-
-
-@_compiled
-def _solve(
-    starts: npt.NDArray[Any], columns: npt.NDArray[Any], where: npt.NDArray[Any], factors: FloatArray, x: FloatArray
-) -> None:
-    for row in range(x.size):
-        value = x[row]
-        for k in range(starts[row], where[row]):
-            value -= factors[k] * x[columns[k]]
-        x[row] = value
-    for row in range(x.size - 1, -1, -1):
-        value = x[row]
-        for k in range(where[row] + 1, starts[row + 1]):
-            value -= factors[k] * x[columns[k]]
-        x[row] = value / factors[where[row]]
-
-
-@_compiled
+@compiled
 def _sweep(
     starts: npt.NDArray[Any],
     columns: npt.NDArray[Any],

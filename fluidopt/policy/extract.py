@@ -41,7 +41,7 @@ def extract(plan: Plan, *, gpus: int, kind: str | None = None, prefill_gpus: int
     if kind is None:
         kind = "gate-and-route" if charging == "bundled" else "prioritize-and-route"
     if kind not in RULES:
-        raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, RULES))}; got {kind!r}")
+        raise InvalidInput(f"policy: kind must be one of {', '.join(map(repr, [*RULES, 'refined']))}; got {kind!r}")
     if not is_whole(gpus, least=1):
         raise InvalidInput(f"policy: gpus must be a whole number of at least 1; got {gpus!r}")
     types = plan.model.gpu_types

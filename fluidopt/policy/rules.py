@@ -33,6 +33,7 @@ Kind = Literal[
     "GF-WSP",
     "FG-SP",
     "GG-SP",
+    "refined",
     "thresholds",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +138,19 @@ def extend(
     return run, Totals.stack(windows), Trajectory.of(times, seen) if len(times) else None
 
 
+class Serial(Executor):
+    """Runs each job at once, in the thread that submits it."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """The finished job; what it raises is in it."""
+        job: Future[Any] = Future()
+        try:
+            job.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            job.set_exception(error)
+        return job
+
+
 class Replications:
     """Independent replications of one policy under way, recorded in segments of one length.
 
@@ -145,10 +158,12 @@ class Replications:
     from a stream of their own: two policies with equal seeds and workloads meet the same requests at the same times.
     """
 
-    def __init__(self, policy: Policy, *, replications: int, seed: int, start: StartName) -> None:
+    def __init__(
+        self, policy: Policy, *, replications: int, seed: int, start: StartName, percentiles: bool = True
+    ) -> None:
         self.policy, self.system = policy, fleet_system(policy)
         origin = fluid_start(policy, self.system) if start == "fluid" else Start.empty(self.system)
-        timed = self.system.classes <= MOST_TIMED
+        timed = percentiles and self.system.classes <= MOST_TIMED
         streams = np.random.SeedSequence(seed).spawn(replications)
         self.runs = [Run(self.system, origin, np.random.default_rng(each), waits=timed) for each in streams]
         self.now = self.skipped = self.segment = 0.0
@@ -329,7 +344,7 @@ def _until_precise(
     The first segments last as long as the slowest of the mean times in the fleet. Each round runs on to where the
     half-width, falling with the root of time, should do, but at most to double the time.
     """
-    segment = _slowest(going.system)
+    segment = slowest(going.system)
     longest = np.inf if horizon is None else horizon - going.now
     count = min(going.most_segments, 48)
     segment = min(segment, longest / count)
@@ -352,7 +367,7 @@ def _until_precise(
             return found
 
 
-def _slowest(system: System) -> float:
+def slowest(system: System) -> float:
     """The longest of the mean times of the fleet's prefills, decodes and waits until abandonment, s."""
     prefill = system.prefill_rates()
     decode = system.decode_speeds()[..., None] / system.output_tokens

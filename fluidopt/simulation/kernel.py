@@ -32,6 +32,9 @@ into its FCFS queue, because it can leave from the middle. A GPU is one record o
 kept as moments: with jumps d_j at ages t_j in a window of length T, int N dt = N(T) T - sum d_j t_j, so that a jump
 costs one addition.
 
+What happened can be recorded: with a `State.log`, every arrival, completion, abandonment and start, and every place
+taken or left in a queue, is a row of it. Without one nothing of that is compiled.
+
 Invariants between events: a decode waits only if no GPU of its side has a free decode slot; a prefill waits only if no
 GPU that may prefill is idle or its class is held back.
 """
@@ -55,7 +58,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 NONE = -1
 _integer = cast(Callable[[Any], int], np.int64)  # what numba makes of an index; to a type checker, an int
-MARGIN = 8  # more entries than one event can add to a bucket or to the pool
+MARGIN = 8  # more entries than one event can add to a bucket (prefills aside: these have room for all) or to the pool
 REACHED, FULL, EXHAUSTED, NO_ARRIVALS = 0, 1, 2, 3  # why advance returned
 
 # Waits are counted in bins, 2**FRACTION_BITS of equal width to an octave, the first at FIRST_OCTAVE: bin k of them is
@@ -119,10 +122,15 @@ REQUEST = _record(f8="since", i4="previous next position tag")  # time it joined
 BUCKET = _record(i8="size start capacity", f8="bound per_bound")
 MEMBER = _record(i4="where tag")  # in service: GPU, role * I + class; waiting: pool index, tag
 ENTRANT = _record(f8="key excess")
+# A row of the log: what happened, to a class and where: an arrival (class, -1); in service (role * I + class, GPU);
+# waiting (tag, record in the pool).
+LOG = _record(f8="time", i4="what tag where unused")
+ARRIVES, PREFILL_ENDS, DECODE_ENDS, ABANDONS, JOINS, LEAVES, PREFILL_STARTS, DECODE_STARTS = range(8)
 # origin: time at which the ages of the moments start; next_time: of the pending draw, nan before the first; arrival:
 # index of the next arrival; idle: GPUs on which a prefill may start; slack: free decode slots less decodes without one;
-# full: 1 when the pool or a bucket is about to run out of room; pool_free: head of the chain of freed records.
-SCALARS = _record(f8="origin next_time", i8="arrival events null_draws idle slack full pool_used pool_free")
+# full: 1 when the pool, a bucket or the log is about to run out of room; pool_free: head of the chain of freed records;
+# logged: rows in the log.
+SCALARS = _record(f8="origin next_time", i8="arrival events null_draws idle slack full pool_used pool_free logged")
 
 
 class Tables(NamedTuple):
@@ -165,6 +173,7 @@ class State(NamedTuple):
     waits: AnyArray  # (2 * R * I * BINS,) waits that ended in a start, before prefill and before decode; or empty
     number: AnyArray  # (1,) a float
     bits: AnyArray  # (1,) the same memory, as an integer
+    log: AnyArray | None  # LOG, with as much room again as the rows of one event may need
 
 
 APART = ("advance", "load", "_open_line", "_close_line", "_draw_line", "_best_admitted", "_gate_at_once", "_fill")
@@ -185,6 +194,20 @@ def compiled(function: Function) -> Function:
         "_nrt": False,
     }
     return cast(Function, njit(**options)(function))
+
+
+@compiled
+def _note(log: AnyArray | None, scalars: AnyArray, what: int, tag: int, where: int, age: float) -> None:
+    """Write a row of the log, if there is one."""
+    if log is not None:
+        row = log[scalars[0].logged]
+        row.time = scalars[0].origin + age
+        row.what = what
+        row.tag = tag
+        row.where = where
+        scalars[0].logged += 1
+        if 2 * scalars[0].logged >= log.size:
+            scalars[0].full = 1
 
 
 # Buckets ---------------------------------------------------------------------------------------------------------
@@ -310,6 +333,7 @@ def _join(tables: Tables, state: State, tag: int, age: float) -> None:
     waiting = state.waiting[tag]
     waiting.count += 1
     waiting.moment += age
+    _note(state.log, state.scalars, JOINS, tag, c, age)
     if place.bucket >= 0:
         request.position = _add_member(state, place.bucket, c, tag)
 
@@ -335,6 +359,7 @@ def _leave(tables: Tables, state: State, c: int, age: float) -> int:
     waiting = state.waiting[tag]
     waiting.count -= 1
     waiting.moment -= age
+    _note(state.log, state.scalars, LEAVES, tag, c, age)
     if place.bucket >= 0:
         moved = _remove_member(state, place.bucket, request.position)
         state.pool[moved].position = request.position
@@ -421,6 +446,7 @@ def _start_prefill(tables: Tables, state: State, g: int, i: int, age: float) -> 
     role.mixed_earning_moment += gpu.earning * age
     role.most_requests = max(role.most_requests, gpu.decodes + 1)
     _add_member(state, tables.classes[i].prefill_bucket, g, tag)
+    _note(state.log, state.scalars, PREFILL_STARTS, tag, g, age)
     _list_gpu(tables, state, g)
 
 
@@ -445,6 +471,7 @@ def _start_decode(tables: Tables, state: State, g: int, i: int, age: float) -> N
     role.most_decodes = max(role.most_decodes, gpu.decodes)
     role.most_requests = max(role.most_requests, gpu.decodes + gpu.prefilling)
     _add_member(state, entry.decode_bucket, g, tag)
+    _note(state.log, state.scalars, DECODE_STARTS, tag, g, age)
 
 
 # The policy ------------------------------------------------------------------------------------------------------
@@ -650,6 +677,7 @@ def _arrive(tables: Tables, state: State, age: float) -> int:
     i = _integer(state.arrival_classes[scalars.arrival])
     scalars.arrival += 1
     state.tallies[i].arrivals += 1
+    _note(state.log, state.scalars, ARRIVES, i, _integer(NONE), age)
     if scalars.idle > 0 and state.winners[1] == state.tallies.size and tables.classes[i].gate_hold < scalars.slack:
         return i
     _join(tables, state, i, age)
@@ -671,6 +699,7 @@ def _finish_prefill(
     if residual >= fixed.prefill_speed * tables.classes[i].per_prompt:
         return _integer(NONE), _integer(NONE)
     _remove_member(state, index, position)
+    _note(state.log, state.scalars, PREFILL_ENDS, tag, g, age)
     gpu.prefilling = 0
     state.scalars[0].slack += fixed.takes - 1
     service = state.service[tag]
@@ -702,6 +731,7 @@ def _finish_decode(tables: Tables, state: State, index: int, position: int, resi
     if residual >= speed * entry.per_output:
         return _integer(NONE)
     _remove_member(state, index, position)
+    _note(state.log, state.scalars, DECODE_ENDS, tag, g, age)
     gpu.decodes -= 1
     state.scalars[0].slack += 1
     gpu.earning -= entry.earning
@@ -726,6 +756,7 @@ def _abandon(tables: Tables, state: State, index: int, position: int, residual: 
     if residual >= tables.places[tag].abandonment:
         return False
     state.waiting[tag].abandoned += 1
+    _note(state.log, state.scalars, ABANDONS, tag, _integer(member.where), age)
     state.scalars[0].slack += tag >= count
     _leave(tables, state, member.where, age)
     if tag < count:

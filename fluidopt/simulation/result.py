@@ -68,7 +68,8 @@ class SimulationResult:
     @cached_property
     def batches(self) -> Batches:
         """How the estimates are made."""
-        return Batches(self.controls, self.batch_size)
+        # by the rule of three: 3/N is the 95 % bound on the share of what was not seen once in N events
+        return Batches(self.controls, self.batch_size, rarest=1.5 / self.events)
 
     @cached_property
     def revenue_rate(self) -> Estimate:

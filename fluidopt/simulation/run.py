@@ -18,6 +18,7 @@ from fluidopt.simulation.kernel import (
     FLEET,
     GPU,
     LINE,
+    LOG,
     MARGIN,
     MEMBER,
     NO_ARRIVALS,
@@ -229,6 +230,7 @@ def _build_state(system: System, tables: Tables, bounds: FloatArray) -> State:
         waits=np.zeros(2 * system.roles * count * BINS * int(tables.fleet["timed"][0]), dtype=np.int32),
         number=number,
         bits=number.view(np.int64),
+        log=None,
     )
 
 
@@ -247,8 +249,11 @@ def _make_room(state: State, members: IntArray | int, waiting: int, max_waiting:
     if int(state.scalars["pool_used"][0]) + waiting + 2 * MARGIN > pool.size:
         pool = np.empty(min(2 * pool.size + waiting + 64, max_waiting + 4 * MARGIN), dtype=REQUEST)
         pool[: state.pool.size] = state.pool
+    log = state.log
+    if log is not None and 2 * int(state.scalars["logged"][0]) >= log.size:
+        log = np.concatenate([log, np.empty_like(log)])
     state.scalars["full"] = 0
-    return state._replace(members=entries, pool=pool)
+    return state._replace(members=entries, pool=pool, log=log)
 
 
 def _spread(system: System, start: Start) -> tuple[IntArray, IntArray]:
@@ -311,6 +316,15 @@ def _by_stage(values: AnyArray, classes: int) -> tuple[AnyArray, AnyArray]:
     return by_place[0].copy(), by_place[1:].sum(axis=0)
 
 
+_FORGOTTEN = {
+    "tallies": tuple(COUNTERS.split()),
+    "roles": ("mixed_decodes_moment", "mixed_earning_moment"),
+    "service": (*STARTS.split(), "prefill_moment", "decode_moment"),
+    "waiting": ("abandoned", "moment"),
+}
+"""What begins anew with each window."""
+
+
 class Run:
     """A replication under way: the compiled state, advanced to any times and asked in between for what it saw.
 
@@ -327,6 +341,7 @@ class Run:
         *,
         arrivals: Arrivals | None = None,
         waits: bool = False,
+        log: bool = False,
         max_events: int = 10**11,
         max_waiting: int = WAITING_LIMIT,
     ) -> None:
@@ -334,6 +349,10 @@ class Run:
         self.system, self.rng, self.max_waiting = system, ours, max_waiting
         self.arrivals: Arrivals = Poisson(system.arrival_rate, theirs) if arrivals is None else arrivals
         self.timed, self.events_left = waits, max_events
+        self.rest_speed, mixed_speed = system.decode_speeds().T
+        self.gain = np.where(system.role_prefill_mode >= 0, mixed_speed - self.rest_speed, 0.0)
+        self.prefill_worth = system.prefill_rates() * system.prefill_reward
+        self.decode_worth, self.quantum = system.decode_reward / system.output_tokens, _quantum(system)
         prefills, decodes = _spread(system, start)
         waiting = _queue_up(system, start)
         if waiting.size > max_waiting:
@@ -349,9 +368,18 @@ class Run:
         ]
         used = np.concatenate(needed)
         members = np.bincount(used[used >= 0], minlength=bounds.size)
+        # where classes are held back one event can start any number of prefills, so these get room for all there can be
+        first, last = (
+            int(self.tables.fleet["first_prefill_bucket"][0]),
+            int(self.tables.fleet["first_waiting_bucket"][0]),
+        )
+        members[first:last] = system.role_gpus[system.role_prefill_mode >= 0].sum()
         empty = _build_state(system, self.tables, bounds)
         self.state = _make_room(empty, members, waiting.size, max_waiting)
         load(self.tables, self.state, self.rng, prefills, decodes, waiting)
+        if log:
+            at_once = 2 * (2 * system.gpus + 2 * int(system.role_slots.max()) + 8)  # rows of one event, twice
+            self.state = self.state._replace(log=np.empty(at_once + 2**15, dtype=LOG))
         self._forget()
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -383,6 +411,11 @@ class Run:
                 )
             self._check_waiting(time)
             self.state = _make_room(self.state, 0, 0, self.max_waiting)
+
+    def logged(self) -> AnyArray:
+        """The rows of the log (`fluidopt.simulation.kernel.LOG`), from time 0 on; needs ``log=True``."""
+        assert self.state.log is not None
+        return self.state.log[: int(self.state.scalars["logged"][0])]
 
     def visit(self, times: FloatArray) -> list[Start]:
         """Run to each of the increasing `times`; returns the states."""
@@ -431,15 +464,13 @@ class Run:
         queue_time = _by_stage(state.waiting["count"] * window - state.waiting["moment"], system.classes)
         prefill_time = (service["prefill"] * window - service["prefill_moment"]).reshape(shape)
         decode_time = (service["decode"] * window - service["decode_moment"]).reshape(shape)
-        rest_speed, mixed_speed = system.decode_speeds().T
-        gain = np.where(system.role_prefill_mode >= 0, mixed_speed - rest_speed, 0.0)
+        rest_speed, gain = self.rest_speed, self.gain
         mixed_earning = state.roles["mixed_earning"] * window - state.roles["mixed_earning_moment"]
         mixed_decodes = state.roles["mixed_decodes"] * window - state.roles["mixed_decodes_moment"]
-        earning = decode_time @ (system.decode_reward / system.output_tokens)
         expected = (
-            np.sum(prefill_time * system.prefill_rates() * system.prefill_reward)
-            + np.dot(rest_speed, earning)
-            + np.dot(gain, mixed_earning) * _quantum(system)
+            np.sum(prefill_time * self.prefill_worth)
+            + rest_speed @ (decode_time @ self.decode_worth)
+            + (gain @ mixed_earning) * self.quantum
         )
         counters = {name: state.tallies[name].copy() for name in COUNTERS.split()}
         starts = {name: service[name].reshape(shape).copy() for name in STARTS.split()}
@@ -468,10 +499,9 @@ class Run:
 
     def _forget(self) -> None:
         state = self.state
-        for table in (state.tallies, state.roles, state.service, state.waiting):
-            for name in table.dtype.names or ():
-                if name.endswith("moment") or name in (*COUNTERS.split(), *STARTS.split(), "abandoned"):
-                    table[name] = 0
+        for table, names in _FORGOTTEN.items():
+            for name in names:
+                getattr(state, table)[name] = 0
         state.waits[:] = 0
         self.events_left -= int(state.scalars["events"][0])
         state.scalars["events"] = state.scalars["null_draws"] = 0

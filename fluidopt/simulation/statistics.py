@@ -51,6 +51,8 @@ class Batches:
     """(N, C) of each segment, replication after replication; C = 0 for plain averages."""
     size: int
     """Segments per batch; batches are N/size."""
+    rarest: float = 0.0
+    """Least standard error relative to the mean: what never happened in the simulation may still happen."""
 
     @cached_property
     def _regression(self) -> tuple[Array, Array]:
@@ -79,7 +81,9 @@ class Batches:
         count = len(weights)
         whole = np.column_stack([np.full(count, 1 / np.sqrt(count)), basis]).reshape(len(self), self.size, -1)
         block = np.eye(self.size) - whole @ whole.swapaxes(1, 2)
-        outside: Array = np.linalg.solve(block, weights.reshape(len(self), self.size, 1))[..., 0]
+        # singular where a control varies in one batch only: without that batch it is no control
+        inverse = np.linalg.pinv(block, rcond=1e-9, hermitian=True)
+        outside: Array = (inverse @ weights.reshape(len(self), self.size, 1))[..., 0]
         return outside
 
     @property
@@ -107,6 +111,7 @@ class Batches:
         bias = (batches - 1) * left.mean(axis=0).reshape(values.shape[1:])
         means = np.tensordot(self.weights, values, axes=1) + bias
         errors = np.sqrt((batches - 1) / batches * (left**2).sum(axis=0)).reshape(values.shape[1:])
+        errors = np.maximum(errors, self.rarest * np.abs(means))
         spread = values.reshape(flat).mean(axis=1).var(axis=0, ddof=1).reshape(values.shape[1:])
         with np.errstate(divide="ignore", invalid="ignore"):
             return means, errors, spread / errors**2
