@@ -13,6 +13,8 @@ import pytest
 import fluidopt as fo
 from fluidopt.policy import refine as module
 from fluidopt.policy.family import Family, Rule
+from fluidopt.policy.promises import promises
+from fluidopt.simulation.experiment import Cut, Replications
 
 # What [L26]'s gate-and-route earns on the reference instance, and what a search must reach (bound 297.716).
 TARGETS = {5: 285.5, 20: 293.0, 50: 295.3, 200: 296.5}
@@ -79,11 +81,11 @@ def test_a_search_resumes_where_it_broke_off(plan: fo.Plan, tmp_path: Path, monk
     checkpoint, made = tmp_path / "search.jsonl", [0]
     original = module.evaluate
 
-    def breaks(policy: fo.Policy, horizon: float, seed: int) -> tuple[float, float]:
+    def breaks(policy: fo.Policy, horizon: float, seed: int, plan: fo.Plan | None) -> tuple[float, float, float]:
         made[0] += 1
         if made[0] > 60:
             raise KeyboardInterrupt
-        return original(policy, horizon, seed)
+        return original(policy, horizon, seed, plan)
 
     with ThreadPoolExecutor(1) as pool:
         whole = fo.refine_policy(plan, gpus=8, executor=pool)
@@ -171,3 +173,60 @@ def test_plan_policy_refined(plan: fo.Plan) -> None:
         plan.policy(gpus=4, kind="refined", prefill_gpus=2)
     with pytest.raises(fo.InvalidInput, match="gpus must be a whole number of at least 1; got 0"):
         fo.refine_policy(plan, gpus=0)
+
+
+def promising(at_most: float) -> fo.Plan:
+    """The reference instance with a bound on the mean time to first token of its second class."""
+    reference = fo.reference_model()
+    level = fo.MeanTTFT(at_most=at_most, classes=("prefill-heavy",))
+    return fo.FluidModel(
+        reference.workload, reference.gpu_types, prices=reference.scenario.prices, service_levels=[level]
+    ).solve()
+
+
+@pytest.mark.usefixtures("short")
+def test_promises_are_kept_or_the_shortfall_is_said() -> None:
+    """Gate-and-route on 20 GPUs takes 0.60 s to the first token; 0.45 s can be kept; 0.39 s is the prefill alone."""
+    kept = fo.refine_policy(promising(0.45), gpus=20)
+    (promise,) = kept.promises
+    assert kept.improved
+    assert promise.name == "mean_ttft[prefill-heavy]"
+    assert promise.kept
+    again = kept.policy.simulate(horizon=2000, seed=99).estimate("time_to_first_token", "prefill-heavy")
+    assert again.mean - again.half_width < 0.45
+    assert promise.measured == pytest.approx(again.mean / 0.45, rel=0.03)
+    assert "kept" in str(kept)
+    broken = fo.refine_policy(promising(0.39), gpus=20)
+    assert broken.promises[0].kept is not True
+    assert "NOT KEPT" in str(broken) or "undecided" in str(broken)
+
+
+def test_measured_promises_are_those_of_the_simulation() -> None:
+    """Waits, shares, fairness and floors, each against the quantity that the simulation reports itself."""
+    reference = fo.reference_model()
+    plan = fo.FluidModel(
+        reference.workload,
+        reference.gpu_types,
+        prices=reference.scenario.prices,
+        service_levels=[
+            fo.MeanTTFT(at_most=1.5),
+            fo.PrefillFairness(at_most=0.19),
+            fo.AbandonmentShare(at_most=0.2),
+            fo.CompletionFloor(share=0.3),
+            fo.AbandonmentShare(at_most=0.01, penalty=1.0),
+        ],
+    ).solve()
+    policy = plan.policy(gpus=20)
+    going = Replications(policy, replications=8, seed=1, start="fluid")
+    going.extend(np.linspace(0, 1000, 65)[1:])
+    cut = Cut.choose([going], warmup=True)
+    found = {promise.name: promise.measured for promise in promises(plan, policy, *going.kept(cut))}
+    seen = policy.simulate(horizon=1000, seed=1, start="fluid")
+    for name in ("decode-heavy", "prefill-heavy"):
+        mean = {q: seen.estimate(q, name).mean for q in ("time_to_first_token", "abandonment_share", "throughput")}
+        assert found[f"mean_ttft[{name}]"] == pytest.approx(mean["time_to_first_token"] / 1.5, rel=1e-6)
+        assert found[f"abandonment_share[{name}]"] == pytest.approx(mean["abandonment_share"] / 0.2, rel=0.02)
+        assert found[f"completion_floor[{name}]"] == pytest.approx(0.15 / mean["throughput"], rel=0.05)
+    prefill = [seen.estimate("prefill", name).mean for name in ("decode-heavy", "prefill-heavy")]
+    assert found["prefill_fairness"] == pytest.approx(abs(prefill[1] - prefill[0]) / 0.19, rel=1e-6)
+    assert not any(name.startswith("abandonment_share_2") for name in found), "a priced level is no promise"

@@ -34,6 +34,7 @@ class Rule:
         prefill_gpus: how many GPUs may prefill; None: as the plan says.
         stays: no partition; a request is decoded where it was prefilled.
         mixed_first: decodes prefer the GPUs that prefill.
+        shares: decodes go to roles by the plan's shares, class by class (the SLI-aware router).
         placement: of prefills, as in `Gate.placement`.
     """
 
@@ -43,6 +44,7 @@ class Rule:
     prefill_gpus: int | None
     stays: bool = False
     mixed_first: bool = False
+    shares: bool = False
     placement: Literal["uniform", "fewest-decodes"] = "uniform"
 
     def policy(self, plan: Plan, gpus: int) -> Policy:
@@ -52,7 +54,7 @@ class Rule:
             InvalidInput: the fleet cannot be split so.
         """
         names = plan.model.workload.names
-        kind = "GI-WSP" if self.stays else "gate-and-route"
+        kind = "GI-WSP" if self.stays else "sli-aware" if self.shares else "gate-and-route"
         base = extract(plan, gpus=gpus, kind=kind, prefill_gpus=None if self.stays else self.prefill_gpus)
         gate = Gate(
             rule=self.gate,
@@ -61,7 +63,7 @@ class Rule:
             placement=self.placement,
         )
         router = base.router
-        if self.mixed_first and not self.stays:
+        if self.mixed_first and not self.stays and not self.shares:
             router = Router(order=router.order[::-1], rule=router.rule)
         return replace(base, kind="refined", gate=gate, router=router)
 
@@ -157,7 +159,9 @@ class Family:
             for order in self.orders():
                 for hold in self._holds(order, served, size, never):
                     rules.append(Rule("priority", order, hold, count))
-        rules += [replace(rule, stays=True, prefill_gpus=None) for rule in list(rules)]
+        common = [replace(rule, stays=True, prefill_gpus=None) for rule in rules]
+        shared = [replace(rule, shares=True) for rule in rules] if self.plan.model.scenario.service_levels else []
+        rules += common + shared
         return list(dict.fromkeys(rules))
 
     def around(self, rule: Rule) -> list[Rule]:
@@ -210,7 +214,8 @@ class Family:
         placement: Literal["uniform", "fewest-decodes"] = "uniform" if rule.placement != "uniform" else "fewest-decodes"
         found.append(replace(rule, placement=placement))
         if not rule.stays:
-            found.append(replace(rule, mixed_first=not rule.mixed_first))
+            found.append(replace(rule, mixed_first=not rule.mixed_first, shares=False))
+            found.append(replace(rule, shares=not rule.shares, mixed_first=False))
         return found
 
     def possible(self, rules: list[Rule]) -> list[tuple[Rule, Policy]]:

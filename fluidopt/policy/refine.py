@@ -25,10 +25,12 @@ from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_whole
 from fluidopt.policy.extract import extract
 from fluidopt.policy.family import Family, Rule
+from fluidopt.policy.promises import Promise, makes_promises, promises
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.compare import PolicyComparison, compare_policies
 from fluidopt.simulation.experiment import Cut, Replications, Serial, checked_seed, slowest, summary
 from fluidopt.simulation.fleet import fleet_system
+from fluidopt.simulation.result import SimulationResult
 from fluidopt.simulation.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class Trial:
     horizon: float
     mean: float
     half_width: float
+    excess: float
+    """By how much the worst promise of the plan may be broken, as a part of what is allowed; 0 where all are kept at
+    95 % confidence, or there are none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,9 +64,11 @@ class Refinement:
 
     Attributes:
         policy: the best threshold rule found if it is at least as good as gate-and-route at 95 % confidence on a fresh
-            seed, else gate-and-route itself.
+            seed, else gate-and-route itself. Where the plan makes promises (service levels, rows of its own), the
+            better is the one that keeps them, or breaks them less, and of two that do the one that earns more.
         rule: its parameters.
         comparison: the fresh test, ``"refined"`` against ``"gate-and-route"``.
+        promises: what the policy returned makes of the plan's promises, on the fresh seed.
         trials: every simulation of the search.
         seed: of the search; the test used the next one.
     """
@@ -69,6 +76,7 @@ class Refinement:
     policy: Policy
     rule: Rule
     comparison: PolicyComparison
+    promises: tuple[Promise, ...]
     trials: tuple[Trial, ...]
     seed: int
 
@@ -110,6 +118,7 @@ class Refinement:
                 **{f"hold {name}": h for name, h in zip(names, trial.rule.hold, strict=True)},
                 "revenue_rate": trial.mean,
                 "half_width": trial.half_width,
+                "excess": trial.excess,
                 "horizon": trial.horizon,
             }
             for trial in self.trials
@@ -124,6 +133,7 @@ class Refinement:
                 f"Refined policy for {self.policy.gpus} GPUs after {len(self.trials)} simulations, seed {self.seed}",
                 f"Revenue rate {self.revenue_rate} per GPU: {verdict}, {self.gap_closed:.0%} of its distance to the "
                 f"plan's {self.policy.revenue_bound:.6g}",
+                *(_promise_sentence(promise) for promise in self.promises),
                 str(self.policy),
             ]
         )
@@ -131,12 +141,24 @@ class Refinement:
     __repr__ = __str__
 
 
-def evaluate(policy: Policy, horizon: float, seed: int) -> tuple[float, float]:
-    """Mean and half-width of the revenue rate; depends on its arguments alone, so it may run anywhere."""
+def _promise_sentence(promise: Promise) -> str:
+    verdict = {True: "kept", False: "NOT KEPT", None: "undecided at this precision"}[promise.kept]
+    return f"  {promise.name}: {promise.measured:.3g} ± {promise.half_width:.2g} of what is allowed, {verdict}"
+
+
+def evaluate(policy: Policy, horizon: float, seed: int, plan: Plan | None = None) -> tuple[float, float, float]:
+    """Mean and half-width of the revenue rate, and by how much the worst promise of the plan, if one is given, may be
+    broken; depends on its arguments alone, so it may run anywhere."""
     going = Replications(policy, replications=REPLICATIONS, seed=seed, start="fluid", percentiles=False)
     going.extend(np.linspace(0.0, horizon, min(going.most_segments, SEGMENTS) + 1)[1:], executor=Serial())
-    revenue = summary(going, Cut.choose([going], warmup=True), seed=seed, start="fluid").revenue_rate
-    return revenue.mean, revenue.half_width
+    cut = Cut.choose([going], warmup=True)
+    revenue = summary(going, cut, seed=seed, start="fluid").revenue_rate
+    made = promises(plan, policy, *going.kept(cut)) if plan is not None else ()
+    return revenue.mean, revenue.half_width, _excess(made)
+
+
+def _excess(made: Sequence[Promise]) -> float:
+    return max((max(0.0, promise.measured + promise.half_width - 1) for promise in made), default=0.0)
 
 
 class _Search:
@@ -145,7 +167,8 @@ class _Search:
     def __init__(self, family: Family, seed: int, executor: Executor, checkpoint: Path | None) -> None:
         self.family, self.seed, self.executor, self.checkpoint = family, seed, executor, checkpoint
         self.trials: list[Trial] = []
-        self.known: dict[str, tuple[float, float]] = {}
+        self.known: dict[str, tuple[float, float, float]] = {}
+        self.promising = family.plan if makes_promises(family.plan) else None
         system = fleet_system(family.baseline.policy(family.plan, family.gpus))
         self.events_rate = 3.5 * float(system.arrival_rate.sum())
         self.shortest = 16 * slowest(system)
@@ -158,7 +181,7 @@ class _Search:
         made = self.family.possible(list(rules))
         keys = [self._key(policy, horizon) for _, policy in made]
         jobs = {
-            key: self.executor.submit(evaluate, policy, horizon, self.seed)
+            key: self.executor.submit(evaluate, policy, horizon, self.seed, self.promising)
             for key, (_, policy) in zip(keys, made, strict=True)
             if key not in self.known
         }
@@ -170,17 +193,18 @@ class _Search:
                 job.cancel()
         trials = [Trial(rule, phase, horizon, *self.known[key]) for (rule, _), key in zip(made, keys, strict=True)]
         self.trials += trials
-        return sorted(trials, key=lambda trial: -trial.mean)
+        return sorted(trials, key=lambda trial: (trial.excess, -trial.mean))
 
     def _key(self, policy: Policy, horizon: float) -> str:
-        what = json.dumps([policy.to_dict(), horizon, self.seed, REPLICATIONS], sort_keys=True)
+        promised = self.promising and self.promising.to_dict()
+        what = json.dumps([policy.to_dict(), horizon, self.seed, REPLICATIONS, SEGMENTS, promised], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()
 
-    def _remember(self, key: str, mean: float, half_width: float) -> None:
-        self.known[key] = (mean, half_width)
+    def _remember(self, key: str, mean: float, half_width: float, excess: float) -> None:
+        self.known[key] = (mean, half_width, excess)
         if self.checkpoint is not None:
             with self.checkpoint.open("a") as file:
-                file.write(json.dumps({"key": key, "mean": mean, "half_width": half_width}) + "\n")
+                file.write(json.dumps({"key": key, "found": self.known[key]}) + "\n")
 
     def halve(self, rules: list[Rule]) -> Trial:
         """Successive halving: each round keeps the best quarter and simulates it four times as long."""
@@ -200,10 +224,16 @@ class _Search:
         for step in (4, 2, 1):
             for _ in range(12):
                 trials = self.run(self.family.neighbours(best.rule, step), LOCAL_EVENTS, "descent")
-                if not trials or trials[0].mean - best.mean <= (trials[0].half_width + best.half_width) / 4:
+                if not trials or not _surely_better(trials[0], best):
                     break
                 best = trials[0]
         return best
+
+
+def _surely_better(new: Trial, old: Trial) -> bool:
+    if new.excess != old.excess:
+        return new.excess < old.excess
+    return new.mean - old.mean > (new.half_width + old.half_width) / 4
 
 
 def refine_policy(
@@ -239,12 +269,17 @@ def refine_policy(
         rules = family.start() if start is None else family.around(start.rule.scaled(gpus / start.policy.gpus))
         found = search.descend(search.halve(rules).rule)
         comparison = _test(found.rule.policy(plan, int(gpus)), baseline, search, seed + 1)
+    made = {name: _measured(plan, result, seed + 1) for name, result in comparison.results.items()}
+    excess = {name: _excess(each) for name, each in made.items()}
     improvement = comparison.difference("refined", "gate-and-route")
     better = improvement.mean - improvement.half_width >= 0
+    if excess["refined"] != excess["gate-and-route"]:
+        better = excess["refined"] < excess["gate-and-route"]
     return Refinement(
         policy=comparison.results["refined"].policy if better else baseline,
         rule=found.rule if better else family.baseline,
         comparison=comparison,
+        promises=made["refined" if better else "gate-and-route"],
         trials=tuple(search.trials),
         seed=seed,
     )
@@ -264,14 +299,24 @@ def _test(refined: Policy, baseline: Policy, search: _Search, seed: int) -> Poli
     return comparison
 
 
-def _read(checkpoint: Path) -> dict[str, tuple[float, float]]:
+def _measured(plan: Plan, result: SimulationResult, seed: int) -> tuple[Promise, ...]:
+    """The plan's promises in the simulation that ``result`` is of, run again as far as it is needed for them."""
+    if not makes_promises(plan):
+        return ()
+    going = Replications(result.policy, replications=result.replications, seed=seed, start="fluid", percentiles=False)
+    going.extend(np.linspace(0.0, result.horizon, going.most_segments + 1)[1:])
+    return promises(plan, result.policy, *going.kept(Cut.choose([going], warmup=True)))
+
+
+def _read(checkpoint: Path) -> dict[str, tuple[float, float, float]]:
     """Simulations of an earlier search; a last line that was cut off while it was written is left out."""
     known = {}
     lines = checkpoint.read_text().split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
-            known[str(entry["key"])] = (float(entry["mean"]), float(entry["half_width"]))
+            mean, half_width, excess = (float(each) for each in entry["found"])
+            known[str(entry["key"])] = (mean, half_width, excess)
         except (ValueError, KeyError, TypeError):
             raise InvalidInput(
                 f"refine_policy: {checkpoint}, line {number}: {line[:60]!r} is not a line of a search; remove the line "

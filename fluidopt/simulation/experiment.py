@@ -21,7 +21,7 @@ from fluidopt.program import Array
 from fluidopt.simulation.fleet import fleet_system, fluid_start
 from fluidopt.simulation.result import PERCENTILES, SimulationResult
 from fluidopt.simulation.run import EventLimitExceeded, Run, WaitingLimitExceeded
-from fluidopt.simulation.statistics import batching, drifts, jackknife, merge, warmup_cut
+from fluidopt.simulation.statistics import Batches, batching, drifts, jackknife, merge, warmup_cut
 from fluidopt.simulation.system import Start, System, Totals, Trajectory
 from fluidopt.simulation.waits import first_token_quantiles, wait_quantiles
 
@@ -234,12 +234,12 @@ class Replications:
         ]
         return np.stack(columns, axis=-1)
 
-    def values(self, cut: Cut) -> tuple[dict[str, Array], Array]:
-        """Values and controls of the segments that are left by ``cut``, replication after replication."""
+    def kept(self, cut: Cut) -> tuple[Totals, Batches]:
+        """The segments that are left by ``cut``, replication after replication, and how to make estimates of them."""
         assert self.totals is not None
         kept = self.totals.map(lambda values: np.concatenate(list(merge(values[:, cut.segments :], cut.merged))))
         controls = control_variates(self.system, kept)
-        return jackknife(partial(quantities, self.system), kept), controls if cut.controlled else controls[:, :0]
+        return kept, Batches(controls if cut.controlled else controls[:, :0], cut.batch, 1.5 / self.events)
 
     def controls(self) -> Array:
         """Control variates of the segments, (replications, segments, C)."""
@@ -379,7 +379,7 @@ def summary(
     going: Replications, cut: Cut, *, seed: int, start: str, precision: float | None = None
 ) -> SimulationResult:
     """The result of replications, cut and batched as said."""
-    values, controls = going.values(cut)
+    kept, batches = going.kept(cut)
     return SimulationResult(
         policy=going.policy,
         horizon=going.now,
@@ -392,8 +392,8 @@ def summary(
         seed=seed,
         start=start,
         precision=precision,
-        values=values,
-        controls=controls,
+        values=jackknife(partial(quantities, going.system), kept),
+        controls=batches.controls,
         events=going.events,
         paths=going.paths,
     )
