@@ -14,7 +14,7 @@ from fluidopt.errors import InvalidInput
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.experiment import Cut, Replications, StartName, checked_seed, checked_window, summary
 from fluidopt.simulation.result import SimulationResult
-from fluidopt.simulation.statistics import Batches, Estimate
+from fluidopt.simulation.statistics import Estimate, difference
 from fluidopt.tables import html, shorten, text
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class PolicyComparison:
                 known = shorten([repr(each) for each in self.results])
                 raise InvalidInput(f"difference: {argument} must be one of {known}; got {name!r}")
         one, other = self.results[of], self.results[to]
-        return _paired(one, other).estimate(one.segment_values(quantity, label) - other.segment_values(quantity, label))
+        values, others = (result.segment_values(quantity, label) for result in (one, other))
+        return difference(one.batches, values, other.batches, others)
 
     @property
     def best(self) -> str:
@@ -104,13 +105,6 @@ class PolicyComparison:
 
     def _repr_html_(self) -> str:
         return html(self.to_frame(), title=f"Best: {self.best}", note=self.caption, max_rows=80)
-
-
-def _paired(one: SimulationResult, other: SimulationResult) -> Batches:
-    """Batches for a difference, with the control variates of both where there is room for them."""
-    both = np.hstack([one.controls, other.controls])
-    enough = len(one.batches) >= 2 * both.shape[1]
-    return Batches(both if enough else one.controls - other.controls, one.batch_size)
 
 
 def compare_policies(

@@ -104,15 +104,19 @@ class Batches:
         left: Array = centred - np.tensordot(basis, np.tensordot(basis.T, centred, axes=1), axes=1)
         return left
 
+    def jackknife(self, values: Array) -> tuple[Array, Array]:
+        """Means of ``values``, (N, ...), and by how much leaving out each batch changes them, (batches, ...)."""
+        batches, rest = len(self), values.shape[1:]
+        residuals = self.residuals(values).reshape(batches, self.size, -1)
+        changes = np.einsum("bs,bsq->bq", self._outside, residuals).reshape(batches, *rest)
+        bias = (batches - 1) * changes.mean(axis=0)
+        return np.tensordot(self.weights, values, axes=1) + bias, changes
+
     def estimates(self, values: Array) -> tuple[Array, Array, Array]:
         """Means, standard errors and effective sample sizes of ``values``, (N, ...)."""
-        batches, flat = len(self), (len(self), self.size, -1)
-        left = np.einsum("bs,bsq->bq", self._outside, self.residuals(values).reshape(flat))
-        bias = (batches - 1) * left.mean(axis=0).reshape(values.shape[1:])
-        means = np.tensordot(self.weights, values, axes=1) + bias
-        errors = np.sqrt((batches - 1) / batches * (left**2).sum(axis=0)).reshape(values.shape[1:])
-        errors = np.maximum(errors, self.rarest * np.abs(means))
-        spread = values.reshape(flat).mean(axis=1).var(axis=0, ddof=1).reshape(values.shape[1:])
+        means, changes = self.jackknife(values)
+        errors = np.maximum(_jackknife_error(changes), self.rarest * np.abs(means))
+        spread = values.reshape(len(self), self.size, *values.shape[1:]).mean(axis=1).var(axis=0, ddof=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             return means, errors, spread / errors**2
 
@@ -120,6 +124,26 @@ class Batches:
         """The mean of ``values``, (N,)."""
         mean, error, size = (float(each) for each in self.estimates(values))
         return Estimate(mean, self.quantile * error, error, size)
+
+
+def _jackknife_error(changes: Array) -> Array:
+    count = len(changes)
+    errors: Array = np.sqrt((count - 1) / count * (changes**2).sum(axis=0))
+    return errors
+
+
+def difference(one: Batches, values: Array, other: Batches, others: Array) -> Estimate:
+    """The mean of ``values`` less that of ``others``, (N,) each, of the same segments.
+
+    Each is estimated by its own control variates; the standard error is from leaving out the same batch of both.
+    """
+    means, changes = one.jackknife(values)
+    other_means, other_changes = other.jackknife(others)
+    mean = float(means - other_means)
+    error = max(float(_jackknife_error(changes - other_changes)), max(one.rarest, other.rarest) * abs(mean))
+    gaps = (values - others).reshape(len(one), one.size).mean(axis=1)
+    size = float(gaps.var(ddof=1) / error**2) if error > 0 else np.inf
+    return Estimate(mean, max(one.quantile, other.quantile) * error, error, size)
 
 
 def warmup_cut(series: Array) -> tuple[int, bool]:
