@@ -12,8 +12,9 @@ from .errors import (
 from .fluid import FluidState, FluidTrajectory, fluid_trajectory
 from .model import FluidModel
 from .plan import Plan
-from .plots import plot_plan, plot_result, plot_summary, plot_trajectory
+from .plots import plot_convergence, plot_plan, plot_policy_study, plot_result, plot_summary, plot_trajectory
 from .policy import Policy
+from .policy.controller import Controller, StartDecode, StartPrefill
 from .policy.refine import Refinement, refine_policy
 from .reference import reference_model
 from .scenario import Scenario, read_scenario
@@ -34,6 +35,8 @@ from .simulation.result import SimulationResult
 from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
+from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
+from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
 from .studies.sizing import FleetSize, size_fleet
 from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
@@ -47,14 +50,19 @@ __all__ = [
     "CompletionFloor",
     "ContentionCurve",
     "ContentionWarning",
+    "Controller",
+    "ConvergenceStudy",
     "DecodeFairness",
     "Estimate",
+    "FleetPoint",
     "FleetSize",
     "FluidModel",
     "FluidState",
     "FluidTrajectory",
     "FluidoptError",
     "InfeasibleModel",
+    "InstanceOutcome",
+    "InstanceRanges",
     "InvalidInput",
     "IterationTime",
     "KVMemory",
@@ -67,6 +75,7 @@ __all__ = [
     "Plan",
     "Policy",
     "PolicyComparison",
+    "PolicyStudy",
     "PrefillFairness",
     "Refinement",
     "Resolved",
@@ -77,6 +86,8 @@ __all__ = [
     "Solver",
     "SolverFailure",
     "SolverOptions",
+    "StartDecode",
+    "StartPrefill",
     "TokenPrices",
     "Trace",
     "TraceFormatError",
@@ -86,13 +97,17 @@ __all__ = [
     "azure_2023",
     "classify",
     "compare_policies",
+    "convergence_study",
     "exact_chain",
     "fluid_trajectory",
     "optimal_policy",
+    "plot_convergence",
     "plot_plan",
+    "plot_policy_study",
     "plot_result",
     "plot_summary",
     "plot_trajectory",
+    "policy_study",
     "read_scenario",
     "read_trace",
     "reference_model",

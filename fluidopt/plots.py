@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluidopt.errors import InvalidInput
+from fluidopt.tables import MISSING
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
     from matplotlib.axes import Axes
@@ -341,3 +344,67 @@ def _against(axis: Axes, result: SimulationResult, quantity: str, title: str, sc
     )
     axis.set_xlim(left=0)
     _panel(axis, title)
+
+
+def plot_decisions(maps: Mapping[str, pd.DataFrame]) -> Figure:
+    """Maps of decisions side by side, a panel each, on common axes.
+
+    A cell is filled by its most frequent decision, its share in % written in where there are others; white where the
+    policy never comes. The fills differ in brightness, and holding is hatched, so that they print in grey.
+
+    Args:
+        maps: by title, as from `OptimalPolicy.decision_map`; of the same two coordinates.
+
+    Raises:
+        InvalidInput: no map has a decision.
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    cells = {name: _decision_cells(table) for name, table in maps.items()}
+    rows = sorted({row for found in cells.values() for row, _ in found})
+    columns = sorted({column for found in cells.values() for _, column in found})
+    if not rows:
+        raise InvalidInput("plot_decisions: maps must have a decision somewhere; allow more states with where")
+    met = dict.fromkeys(label for found in cells.values() for label, _ in found.values())
+    acts = sorted(label for label in met if label not in ("hold", "wait"))
+    colours = zip(acts, (LIGHT, DARK, MIDDLE), strict=False)
+    fills: dict[str, Any] = {label: {"facecolor": colour} for label, colour in colours}
+    fills |= {label: {"facecolor": "#ffffff", "hatch": "////"} for label in met if label in ("hold", "wait")}
+    other = {"facecolor": "#ffffff", "hatch": ".."}  # beyond the colours there are
+    figure, axes = _figure(1, max(2, len(maps)), rows=max(6, len(rows) // 2))
+    for axis, (name, found) in zip(axes, cells.items(), strict=False):
+        for (row, column), (label, share) in found.items():
+            fill = fills.get(label, other)
+            corner = (column - 0.5, row - 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, edgecolor=INK, linewidth=0.3, **fill))
+            if share:
+                box = {"boxstyle": "round,pad=0.1", "facecolor": "#ffffff", "edgecolor": "none"}
+                axis.text(column, row, share, ha="center", va="center", fontsize=6, color=INK, bbox=box)
+        axis.set_xlim(columns[0] - 0.5, columns[-1] + 0.5)
+        axis.set_ylim(rows[0] - 0.5, rows[-1] + 0.5)
+        axis.set_xticks(columns)
+        axis.set_yticks(rows)
+        axis.set_xlabel(_coordinate(next(iter(maps.values())).columns.name), fontsize=8)
+        _panel(axis, name, legend=False)
+    for axis in axes[len(maps) :]:
+        axis.set_visible(False)
+    axes[0].set_ylabel(_coordinate(next(iter(maps.values())).index.name), fontsize=8)
+    patches = [Patch(edgecolor=INK, linewidth=0.3, label=label, **fills.get(label, other)) for label in sorted(met)]
+    figure.legend(handles=patches, loc="outside lower left", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def _decision_cells(table: pd.DataFrame) -> dict[tuple[int, int], tuple[str, str]]:
+    """Decision and share in % (empty if it is the only one) by row and column, of the cells that are met."""
+    found = {}
+    for row, line in zip(table.index, table.to_numpy(), strict=True):
+        for column, cell in zip(table.columns, line, strict=True):
+            label, _, share = cell.removesuffix(" %").rpartition(" ") if cell.endswith(" %") else (cell, "", "")
+            if label != MISSING:
+                found[int(row), int(column)] = (label, share)
+    return found
+
+
+def _coordinate(name: object) -> str:
+    """A coordinate of the state in words: ``prefill_queue[code]`` as "prefill queue, code"."""
+    return str(name).replace("_", " ").replace("[", ", ").rstrip("]")
