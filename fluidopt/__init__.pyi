@@ -14,6 +14,7 @@ from .model import FluidModel
 from .plan import Plan
 from .plots import plot_convergence, plot_plan, plot_policy_study, plot_result, plot_summary, plot_trajectory
 from .policy import Policy
+from .policy.bound import Bound, revenue_bound
 from .policy.controller import Controller, StartDecode, StartPrefill
 from .policy.refine import Refinement, refine_policy
 from .reference import reference_model
@@ -30,6 +31,7 @@ from .service_levels import (
     PrefillFairness,
     SlotTPOT,
 )
+from .simulation.arrivals import Bursty, Law, Laws, Sinusoidal, Steady, Stepwise
 from .simulation.compare import PolicyComparison, compare_policies
 from .simulation.result import SimulationResult
 from .simulation.statistics import Estimate
@@ -37,6 +39,13 @@ from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
+from .studies.robustness import (
+    Disturbance,
+    RobustnessStudy,
+    robustness_study,
+    standard_disturbances,
+    threshold_policy,
+)
 from .studies.sizing import FleetSize, size_fleet
 from .traces import Classification, Trace, classify, read_trace
 from .workload import TokenPrices, Workload, WorkloadClass
@@ -44,6 +53,8 @@ from .workload import TokenPrices, Workload, WorkloadClass
 __all__ = [
     "GPU",
     "AbandonmentShare",
+    "Bound",
+    "Bursty",
     "Certificate",
     "ChainResult",
     "Classification",
@@ -53,6 +64,7 @@ __all__ = [
     "Controller",
     "ConvergenceStudy",
     "DecodeFairness",
+    "Disturbance",
     "Estimate",
     "FleetPoint",
     "FleetSize",
@@ -67,6 +79,8 @@ __all__ = [
     "IterationTime",
     "KVMemory",
     "KVTransfer",
+    "Law",
+    "Laws",
     "MeanTPOT",
     "MeanTTFT",
     "MeanWait",
@@ -80,14 +94,18 @@ __all__ = [
     "Refinement",
     "Resolved",
     "ResolvedMany",
+    "RobustnessStudy",
     "Scenario",
     "SimulationResult",
+    "Sinusoidal",
     "SlotTPOT",
     "Solver",
     "SolverFailure",
     "SolverOptions",
     "StartDecode",
     "StartPrefill",
+    "Steady",
+    "Stepwise",
     "TokenPrices",
     "Trace",
     "TraceFormatError",
@@ -112,7 +130,11 @@ __all__ = [
     "read_trace",
     "reference_model",
     "refine_policy",
+    "revenue_bound",
+    "robustness_study",
     "size_fleet",
+    "standard_disturbances",
+    "threshold_policy",
 ]
 
 __version__: str

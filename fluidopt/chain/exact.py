@@ -18,6 +18,7 @@ from fluidopt.chain.stationary import DIRECT_LIMIT, Method, relative_residual, s
 from fluidopt.chain.transient import TransientLaw, transient_law
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_whole
+from fluidopt.policy.bound import Bound, revenue_bound
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.system import FloatArray, System
@@ -126,15 +127,23 @@ class ChainResult:
             f"{layout.decode_queue_cap} waiting{order}; lost mass {self.lost_mass:.1e}, residual {self.residual:.1e}"
         )
 
+    @cached_property
+    def bound(self) -> Bound | None:
+        """What no policy earns more than, and the conditions it rests on; None for a chain built from a `System`."""
+        return None if self.policy is None else revenue_bound(self.policy)
+
+    @property
+    def _headline(self) -> str:
+        gap = "" if self.bound is None else self.bound.against(self.revenue_rate)
+        return f"Revenue rate {self.revenue_rate:.6g} per GPU" + (f", {gap}" if gap else "")
+
     def __str__(self) -> str:
-        revenue = f"Revenue rate {self.revenue_rate:.6g} per GPU"
-        return "\n".join([self._caption(), revenue, "", text(self.to_frame(), max_rows=80)])
+        return "\n".join([self._caption(), self._headline, "", text(self.to_frame(), max_rows=80)])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        title = f"Revenue rate {self.revenue_rate:.6g} per GPU"
-        return html(self.to_frame(), title=title, note=self._caption(), max_rows=80)
+        return html(self.to_frame(), title=self._headline, note=self._caption(), max_rows=80)
 
 
 def exact_chain(

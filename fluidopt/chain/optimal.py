@@ -18,6 +18,7 @@ from fluidopt.chain.means import Means, class_names, role_names, values_frame
 from fluidopt.chain.states import GIB
 from fluidopt.chain.stationary import stationary_law
 from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.policy.bound import revenue_bound
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.system import FloatArray, System
 from fluidopt.tables import html, text
@@ -155,11 +156,8 @@ class OptimalPolicy:
     @property
     def _headline(self) -> str:
         found = f"Best revenue rate {self.revenue_rate:.6g} per GPU, proved to be at most {self.upper_bound:.9g}"
-        if self.policy is None or self.policy.revenue_bound <= 0:
-            return found
-        bound = self.policy.revenue_bound
-        what = "fluid optimum" if self.policy.scenario.objective is None else "plan's"
-        return f"{found}; {1 - self.revenue_rate / bound:.1%} below the {what} {bound:.6g}"
+        gap = "" if self.policy is None else revenue_bound(self.policy).against(self.revenue_rate)
+        return f"{found}; {gap}" if gap else found
 
     def _caption(self) -> str:
         whose = "" if self.policy is None else f", roles of {self.policy.title}"

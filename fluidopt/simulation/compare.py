@@ -54,9 +54,10 @@ class PolicyComparison:
     def to_frame(self, baseline: str | None = None) -> pd.DataFrame:
         """A row per policy, by decreasing revenue rate.
 
-        Columns: ``revenue_rate`` and ``half_width`` (money/s per GPU, 95 %), ``of_bound`` (share of the plan's
-        revenue rate), ``difference`` to the baseline (default: the best) with its paired ``difference_half_width``, and
-        ``unpaired_half_width``, what that would be had the two been simulated independently.
+        Columns: ``revenue_rate`` and ``half_width`` (money/s per GPU, 95 %), ``of_bound`` (share of what no policy
+        beats, missing where a condition of the bound fails), ``difference`` to the baseline (default: the best) with
+        its paired ``difference_half_width``, and ``unpaired_half_width``, what that would be had the two been
+        simulated independently.
         """
         import pandas as pd
 
@@ -70,7 +71,7 @@ class PolicyComparison:
                 else np.nan
             )
             gap = self.difference(name, baseline) if name != baseline else Estimate(0.0, 0.0, 0.0, np.inf)
-            bound = result.policy.revenue_bound
+            bound = result.bound.rate if result.bound.holds else np.nan
             rows[name] = {
                 "revenue_rate": revenue.mean,
                 "half_width": revenue.half_width,

@@ -239,7 +239,7 @@ class Replications:
         assert self.totals is not None
         kept = self.totals.map(lambda values: np.concatenate(list(merge(values[:, cut.segments :], cut.merged))))
         controls = control_variates(self.system, kept)
-        return kept, Batches(controls if cut.controlled else controls[:, :0], cut.batch, 1.5 / self.events)
+        return kept, Batches(controls if cut.controlled else controls[:, :0], cut.batch, 1.5 / max(self.events, 1))
 
     def controls(self) -> Array:
         """Control variates of the segments, (replications, segments, C)."""

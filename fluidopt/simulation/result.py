@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidopt.errors import InvalidInput
+from fluidopt.policy.bound import Bound, revenue_bound
 from fluidopt.policy.rules import Policy
 from fluidopt.program import Array
 from fluidopt.simulation.fleet import fluid_values
@@ -69,7 +70,7 @@ class SimulationResult:
     def batches(self) -> Batches:
         """How the estimates are made."""
         # by the rule of three: 3/N is the 95 % bound on the share of what was not seen once in N events
-        return Batches(self.controls, self.batch_size, rarest=1.5 / self.events)
+        return Batches(self.controls, self.batch_size, rarest=1.5 / max(self.events, 1))
 
     @cached_property
     def revenue_rate(self) -> Estimate:
@@ -78,13 +79,14 @@ class SimulationResult:
 
     @property
     def against_plan(self) -> str:
-        """How far the mean revenue is from the plan's, in words; empty where the plan earns nothing."""
-        plan = self.policy.revenue_bound
-        if plan <= 0:
-            return ""
-        gap = 1 - self.revenue_rate.mean / plan
-        what = "the plan's" if self.policy.scenario.objective is not None else "the fluid optimum"
-        return f", {abs(gap):.1%} {'below' if gap >= 0 else 'above'} {what} {plan:.6g}"
+        """How far the mean revenue is from what no policy beats, in words; empty where nothing can be earned."""
+        gap = self.bound.against(self.revenue_rate.mean)
+        return f", {gap}" if gap else ""
+
+    @cached_property
+    def bound(self) -> Bound:
+        """What no policy earns more than in the long run, and the conditions it rests on."""
+        return revenue_bound(self.policy)
 
     def estimate(self, quantity: str, of: str | None = None) -> Estimate:
         """One quantity, of one class or role where it has one (names in the class docstring)."""
