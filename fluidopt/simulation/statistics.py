@@ -118,7 +118,7 @@ class Batches:
         errors = np.maximum(_jackknife_error(changes), self.rarest * np.abs(means))
         spread = values.reshape(len(self), self.size, *values.shape[1:]).mean(axis=1).var(axis=0, ddof=1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return means, errors, spread / errors**2
+            return means, errors, np.where(spread > 0, spread / errors**2, len(self))
 
     def estimate(self, values: Array) -> Estimate:
         """The mean of ``values``, (N,)."""
