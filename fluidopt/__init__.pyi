@@ -38,6 +38,7 @@ from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
+from .studies.optimum import OptimumStudy, optimum_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
 from .studies.robustness import (
     Disturbance,
@@ -86,6 +87,7 @@ __all__ = [
     "MeanWait",
     "Mode",
     "OptimalPolicy",
+    "OptimumStudy",
     "Plan",
     "Policy",
     "PolicyComparison",
@@ -119,6 +121,7 @@ __all__ = [
     "exact_chain",
     "fluid_trajectory",
     "optimal_policy",
+    "optimum_study",
     "plot_convergence",
     "plot_plan",
     "plot_policy_study",
