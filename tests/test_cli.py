@@ -78,6 +78,29 @@ def test_json_is_all_there_is(tmp_path):
     assert plan["objective"] == plan["revenue_rate"]
 
 
+@pytest.mark.usefixtures("scenario")
+def test_policies_are_compared_on_the_same_arrivals(tmp_path):
+    words = ("simulate", "scenario.toml", "--gpus", "20", "--horizon", "800", "--policy", "GG-SP", "--policy", "FI-WSP")
+    shown = run(*words, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "Common arrivals" in shown.stdout
+    data = json.loads(run(*words, "--json", cwd=tmp_path).stdout)
+    assert data["baseline"] == data["policies"][0]["policy"]
+    assert {row["policy"] for row in data["policies"]} == {"GG-SP", "FI-WSP"}
+    refused = run(*words, "--precision", "0.01", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--precision goes with one --policy; got 2" in refused.stderr
+
+
+@pytest.mark.usefixtures("scenario")
+def test_it_runs_until_it_is_precise(tmp_path):
+    done = run("simulate", "scenario.toml", "--gpus", "20", "--precision", "0.002", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    revenue = json.loads(done.stdout)["simulation"]["comparison"][0]
+    assert revenue["half_width"] <= 0.002 * revenue["simulated"]
+
+
 def test_a_trace_with_the_promises_of_a_scenario(scenario, tmp_path):
     (tmp_path / "requests.csv").write_text(TRACE)
     free = run("plan", "requests.csv", "--gpus", "1", "--abandonment-rate", "0.05", "--json", cwd=tmp_path)
