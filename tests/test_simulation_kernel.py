@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
+from small_fleets import two_classes
 
 from fluidopt.simulation.run import EventLimitExceeded, WaitingLimitExceeded, simulate
 from fluidopt.simulation.system import Start, System
@@ -20,28 +21,9 @@ def baseline():
 
 
 def small_system(**changes):
-    """Two classes; one mixed GPU with two slots and one decode-only GPU with two."""
-    arguments = {
-        "arrival_rate": [0.9, 0.7],
-        "prompt_tokens": [0.5, 1.4],
-        "output_tokens": [1.5, 0.6],
-        "abandonment_rate": [2.5, 3.5],
-        "mode_chunk": [1.0, 0.0],
-        "mode_time": [1.6, 1.0],
-        "role_gpus": [1, 1],
-        "role_prefill_mode": [0, -1],
-        "role_rest_mode": [1, 1],
-        "role_decode_slots": [1, 2],
-        "role_slots": [2, 2],
-        "gate_slope": [1.0, 1.0],
-        "gate_base": [0.0, 0.3],
-        "gate_queue_target": [0.0, 0.0],
-        "router_order": [1, 0],
-        "placement": 0,
-        "prefill_reward": [1.0, 2.0],
-        "decode_reward": [3.0, 5.0],
-    }
-    return System(**(arguments | changes))
+    """A mixed GPU with two slots and a decode-only GPU with two, under a heavier load."""
+    load = {"arrival_rate": [0.9, 0.7], "prompt_tokens": [0.5, 1.4], "output_tokens": [1.5, 0.6]}
+    return two_classes(**(load | changes))
 
 
 def unpartitioned(**changes):
