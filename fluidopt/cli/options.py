@@ -1,0 +1,93 @@
+"""Arguments and options that several commands share, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fluidopt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from fluidopt.model import FluidModel
+    from fluidopt.scenario import Scenario
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="SCENARIO|TRACE...", help="A scenario file (.toml, .json), or one or more trace files."),
+]
+Gpus = Annotated[int | None, typer.Option(help="Number of GPUs in the fleet; a trace needs it.")]
+Template = Annotated[
+    Path | None,
+    typer.Option("--with", metavar="SCENARIO", help="With a trace: take all but the classes from this scenario."),
+]
+Classes = Annotated[int | None, typer.Option(help="With a trace: how many classes to form (default: chosen).")]
+Patience = Annotated[
+    float, typer.Option("--abandonment-rate", help="With a trace: 1/s, 0 for requests that never give up.")
+]
+Solver = Annotated[str, typer.Option(help="auto, knapsack, highs or cvxpy.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random streams.")]
+Horizon = Annotated[float, typer.Option(help="Simulated seconds per replication, warm-up included.")]
+Precision = Annotated[
+    float | None,
+    typer.Option(help="Instead of a horizon: run until revenue is known to this part of it (0.001: 0.1 %)."),
+]
+Warmup = Annotated[float | None, typer.Option(help="Seconds not measured (default: chosen by MSER).")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="Kind of policy; several of them are compared on the same arrivals."),
+]
+Replications = Annotated[int, typer.Option(help="Independent replications, at least 2.")]
+Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.")]
+Figure = Annotated[Path | None, typer.Option(help="Write a figure there (.png, .svg or .pdf).")]
+
+
+def read_model(
+    inputs: list[Path], gpus: int | None, template: Path | None, classes: int | None, abandonment_rate: float
+) -> FluidModel:
+    """The model of a scenario file, or of trace files on that many GPUs."""
+    from dataclasses import replace
+
+    from fluidopt.model import FluidModel
+    from fluidopt.scenario import read_scenario
+
+    if len(inputs) == 1 and _is_scenario(inputs[0]):
+        if template is not None or classes is not None or abandonment_rate:
+            raise InvalidInput(
+                "--with, --classes and --abandonment-rate go with a trace; the scenario says these itself"
+            )
+        scenario = read_scenario(inputs[0])
+        return FluidModel.from_scenario(_resized(scenario, gpus))
+    if gpus is None:
+        raise InvalidInput("--gpus is required with a trace: the number of GPUs that share its requests")
+    from fluidopt.reference import reference_model
+    from fluidopt.traces import read_trace
+
+    base = read_scenario(template) if template is not None else reference_model().scenario
+    workload = read_trace(inputs).classify(classes, abandonment_rate=abandonment_rate).per_gpu(gpus)
+    return FluidModel.from_scenario(
+        replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
+    )
+
+
+def _resized(scenario: Scenario, gpus: int | None) -> Scenario:
+    """The scenario with another number of GPUs, which its total rates (if it gives totals) are divided by."""
+    from dataclasses import replace
+
+    return scenario if gpus is None else replace(scenario, gpus=gpus)
+
+
+def _is_scenario(path: Path) -> bool:
+    """A .toml is a scenario; a .json is one if its top level has classes (a trace may be JSON too)."""
+    if path.suffix.lower() == ".toml":
+        return True
+    if path.suffix.lower() != ".json":
+        return False
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True  # read_scenario says what is wrong with it
+    return isinstance(data, dict) and not {"classes", "gpu", "prices"}.isdisjoint(data)
