@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ from fluidopt.workload import Workload, WorkloadClass
 if TYPE_CHECKING:
     import pandas as pd
 
+By = Literal["lengths", "prompt", "output", "label"]
+"""What tells the classes apart."""
 ENOUGH_EXPLAINED = 0.8
-"""``classes=None`` takes the smallest count that explains this share of the variance of the log lengths."""
+"""``classes=None`` takes the smallest count that explains this share of the variance of the log lengths it goes by."""
 MOST_CLASSES = 8
 """``classes=None`` never takes more."""
 _RESTARTS = 20
@@ -78,7 +80,7 @@ def classify(
     trace: Trace,
     classes: int | None = None,
     *,
-    by: Literal["lengths", "label"] = "lengths",
+    by: By = "lengths",
     prompt_cuts: Sequence[float] | None = None,
     output_cuts: Sequence[float] | None = None,
     abandonment_rate: float = 0.0,
@@ -87,8 +89,13 @@ def classify(
     """Group the requests of a trace into workload classes.
 
     By lengths: k-means on (log prompt, log output) tokens, so that a factor of two counts the same for a
-    prompt and for an answer, a short one and a long one. With cuts: the cells of the grid that the thresholds
-    make. By label: a class per label. Classes are ordered by mean prompt, then mean output tokens.
+    prompt and for an answer, a short one and a long one; by prompt or by output: on one of the two. With cuts:
+    the cells of the grid that the thresholds make. By label: a class per label. Classes are ordered by mean
+    prompt, then mean output tokens.
+
+    A prompt's length and a label are known when a request arrives, the length of its answer is not: a gate can
+    act on classes by lengths or by output only where something predicts them. `class_study` says what that is
+    worth.
 
     A class gets its share of the trace's request rate, its mean prompt tokens and its mean decode iterations,
     output tokens less one, because the first output token comes from the prefill. Prompt tokens/s and decode
@@ -99,9 +106,9 @@ def classify(
     Args:
         trace: the requests.
         classes: how many; left out, the smallest count from 2 to 8 that explains 80 % of the variance of the
-            log lengths, 8 where none does. Counts that leave a class without decode iterations are passed
-            over.
-        by: "lengths" or "label".
+            log lengths they go by, 8 where none does. Counts that leave a class without decode iterations are
+            passed over.
+        by: "lengths" (prompt and output), "prompt", "output" or "label".
         prompt_cuts: increasing thresholds in prompt tokens; a request at a threshold is above it.
         output_cuts: the same in output tokens.
         abandonment_rate: theta of every class, 1/s; a trace of served requests does not tell it.
@@ -116,8 +123,8 @@ def classify(
     k-means finds a local optimum: the best of 20 starts on at most 5,000 requests drawn from the trace, then
     refined on all of them.
     """
-    if by not in ("lengths", "label"):
-        raise InvalidInput(f"classify: by must be 'lengths' or 'label'; got {by!r}")
+    if by not in get_args(By):
+        raise InvalidInput(f"classify: by must be 'lengths', 'prompt', 'output' or 'label'; got {by!r}")
     prompt_edges, output_edges = _cuts(prompt_cuts, "prompt_cuts"), _cuts(output_cuts, "output_cuts")
     cuts = prompt_cuts is not None or output_cuts is not None
     if classes is not None:
@@ -125,8 +132,8 @@ def classify(
         if cuts or by == "label":
             other = "prompt_cuts and output_cuts" if cuts else "by='label'"
             raise InvalidInput(f"classify: classes={classes} and {other} exclude each other; give one of them")
-    if cuts and by == "label":
-        raise InvalidInput("classify: cuts and by='label' exclude each other; give one of them")
+    if cuts and by != "lengths":
+        raise InvalidInput(f"classify: cuts and by={by!r} exclude each other; give one of them")
     generator = _generator(seed)
     dropped: tuple[str, ...] = ()
     names: list[str] | None = None
@@ -143,21 +150,25 @@ def classify(
         if dropped:
             how += f"; {len(dropped)} empty cell(s) dropped: " + "; ".join(dropped)
     else:
-        groups = _length_groups(trace, classes, generator)
-        how = "by log lengths"
-    return _classification(trace, groups, names, how=how, dropped=dropped, abandonment_rate=abandonment_rate)
+        groups = length_groups(trace, classes, by=by, seed=generator)
+        how = "by log lengths" if by == "lengths" else f"by log {by} tokens"
+    return classification(trace, groups, names, how=how, dropped=dropped, abandonment_rate=abandonment_rate)
 
 
-def _classification(
+def classification(
     trace: Trace,
     groups: NDArray[np.int64],
-    names: Sequence[str] | None,
+    names: Sequence[str] | None = None,
     *,
     how: str,
-    dropped: tuple[str, ...],
-    abandonment_rate: float,
+    dropped: tuple[str, ...] = (),
+    abandonment_rate: float = 0.0,
 ) -> Classification:
-    """Order and name the groups (all of them non-empty) and take their means."""
+    """Order and name the groups (numbers from 0, none of them empty, shape (N,)) and take their means.
+
+    Raises:
+        InvalidInput: a group in which no request decodes.
+    """
     decode = trace.output_tokens - 1
     count = np.bincount(groups)
     prompt_sum = np.bincount(groups, weights=trace.prompt_tokens)
@@ -198,7 +209,7 @@ def _classification(
     return Classification(
         workload,
         assignment,
-        explained=_explained(_log_lengths(trace), assignment),
+        explained=between(log_lengths(trace), assignment),
         prompt_cv=_variation(trace.prompt_tokens, assignment),
         output_cv=_variation(decode, assignment),
         dropped=dropped,
@@ -239,22 +250,24 @@ def _intervals(what: str, edges: NDArray[np.float64]) -> list[str]:
     return [f"{what} < {edges[0]:g}", *inner, f"{what} >= {edges[-1]:g}"]
 
 
-def _length_groups(trace: Trace, classes: int | None, generator: np.random.Generator) -> NDArray[np.int64]:
-    points = _log_lengths(trace)
+def length_groups(trace: Trace, classes: int | None, *, by: str, seed: np.random.Generator) -> NDArray[np.int64]:
+    """Group number of each request by k-means on log tokens, shape (N,); arguments as in `classify`."""
+    points = log_lengths(trace)[:, {"lengths": slice(0, 2), "prompt": slice(0, 1), "output": slice(1, 2)}[by]]
     distinct = len(np.unique(points, axis=0))
     if classes is not None:
         if classes > distinct:
+            what = "pair(s) of prompt and output" if by == "lengths" else f"count(s) of {by}"
             raise InvalidInput(
                 f"classify: classes={classes}, but the {len(trace):,} requests have only {distinct} distinct "
-                f"pair(s) of prompt and output tokens; ask for at most {distinct}"
+                f"{what} tokens; ask for at most {distinct}"
             )
-        return _k_means(points, classes, generator)
+        return _k_means(points, classes, seed)
     groups = np.zeros(len(trace), dtype=np.int64)
     for count in range(2, min(MOST_CLASSES, distinct) + 1):
-        candidate = _k_means(points, count, generator)
+        candidate = _k_means(points, count, seed)
         if (np.bincount(candidate, weights=trace.output_tokens - 1) > 0).all():
             groups = candidate
-            if _explained(points, groups) >= ENOUGH_EXPLAINED:
+            if between(points, groups) >= ENOUGH_EXPLAINED:
                 break
     return groups
 
@@ -322,11 +335,90 @@ def _lloyd(
     return centres, groups, float((distance**2).sum())
 
 
-def _log_lengths(trace: Trace) -> NDArray[np.float64]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cut:
+    """A group of requests cut in two, by prompt or by output tokens."""
+
+    by: Literal["prompt", "output"]
+    """Which of the two lengths is compared."""
+    at: int
+    """Threshold, tokens; a request at it is above it."""
+    of: str
+    """The group that is cut, by the cuts before it."""
+    explained: float
+    """Share of the variance of (log prompt, log output) tokens that this cut adds to what lies between groups."""
+    groups: NDArray[np.int64]
+    """Group number of each request from this cut on, shape (N,)."""
+
+
+def length_cuts(trace: Trace, classes: int) -> tuple[Cut, ...]:
+    """Cut the requests into ``classes`` groups, one cut at a time, each the one that explains most.
+
+    A tree of cuts, as in regression trees (Breiman et al. 1984): of all thresholds, in prompt and in output tokens,
+    in all groups so far, the one that adds most to the variance of (log prompt, log output) tokens between groups.
+    No cut leaves a group without decode iterations. Fewer cuts where no more are possible.
+
+    Costs O(N log N) per cut.
+    """
+    points = log_lengths(trace)
+    total = float(((points - points.mean(axis=0)) ** 2).sum())
+    groups = np.zeros(len(trace), dtype=np.int64)
+    names = ["all"]
+    found = [_best_cut(trace, points, groups == 0)]
+    cuts: list[Cut] = []
+    while len(names) < classes:
+        g = int(np.argmax([gain for gain, _, _ in found]))
+        gain, by, at = found[g]
+        if gain <= 0.0:
+            break
+        tokens = trace.prompt_tokens if by == "prompt" else trace.output_tokens
+        groups = np.where((groups == g) & (tokens >= at), len(names), groups)
+        cuts.append(Cut(by=by, at=at, of=names[g], explained=gain / total, groups=groups))
+        names.append(_narrowed(names[g], f"{by} >=", at))
+        names[g] = _narrowed(names[g], f"{by} <", at)
+        found[g] = _best_cut(trace, points, groups == g)
+        found.append(_best_cut(trace, points, groups == len(names) - 1))
+    return tuple(cuts)
+
+
+def _narrowed(name: str, side: str, at: int) -> str:
+    """The name of a group within a group; a threshold replaces the looser one on its side."""
+    kept = [part for part in name.split("; ") if name != "all" and not part.startswith(f"{side} ")]
+    return "; ".join([*kept, f"{side} {at}"])
+
+
+def _best_cut(
+    trace: Trace, points: NDArray[np.float64], where: NDArray[np.bool_]
+) -> tuple[float, Literal["prompt", "output"], int]:
+    """The gain in squared log distance between groups, length and threshold of the best cut of some requests."""
+    best: tuple[float, Literal["prompt", "output"], int] = (0.0, "prompt", 0)
+    inside, count = points[where], int(where.sum())
+    decode = trace.output_tokens[where] - 1
+    kinds: tuple[Literal["prompt"], Literal["output"]] = ("prompt", "output")
+    for by in kinds:
+        tokens = (trace.prompt_tokens if by == "prompt" else trace.output_tokens)[where]
+        order = np.argsort(tokens, kind="stable")
+        tokens, decodes = tokens[order], np.cumsum(decode[order])
+        sums = np.cumsum(inside[order], axis=0)
+        below = np.flatnonzero((np.diff(tokens) > 0) & (decodes[:-1] > 0) & (decodes[:-1] < decodes[-1]))
+        if not below.size:
+            continue
+        left = below + 1.0
+        apart = sums[below] / left[:, None] - (sums[-1] - sums[below]) / (count - left)[:, None]
+        gain = left * (count - left) / count * (apart**2).sum(axis=1)
+        at = int(np.argmax(gain))
+        if gain[at] > best[0]:
+            best = (float(gain[at]), by, int(tokens[below[at] + 1]))
+    return best
+
+
+def log_lengths(trace: Trace) -> NDArray[np.float64]:
+    """(log prompt, log output) tokens, shape (N, 2)."""
     return np.log(np.stack([trace.prompt_tokens, trace.output_tokens], axis=1).astype(np.float64))
 
 
-def _explained(points: NDArray[np.float64], groups: NDArray[np.int64]) -> float:
+def between(points: NDArray[np.float64], groups: NDArray[np.int64]) -> float:
+    """Share, 0 to 1, of the variance of ``points``, (N, d), that lies between groups; 1 where there is none."""
     total = float(((points - points.mean(axis=0)) ** 2).sum())
     count = np.bincount(groups)
     means = np.stack([np.bincount(groups, weights=points[:, j]) / count for j in range(points.shape[1])], axis=1)

@@ -1,66 +1,34 @@
-"""This module owns the seam between trace files and `Trace`: which format a file has, what a line must hold.
+"""This module owns the seam between trace files and `Trace`: which format a file has, and what a caller may say of it.
 
-A format is a `TraceFormat`: a name, the description shown in messages, a test on the first line, and a parser
-from text to `Columns`. A CSV format is one `CsvLayout` saying which column means what;
-`register_trace_format` adds one.
+A format is a `TraceFormat`: a name, the description shown in messages, a test on the start of the file, and a parser
+from lines to `Columns`. A format with a header or with a JSON object per line is one `CsvLayout` or `JsonLayout`, which
+says what column means what; `register_trace_format` adds one.
 """
 
 from __future__ import annotations
 
-import csv
+import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidopt.errors import InvalidInput, TraceFormatError
-from fluidopt.traces.trace import MOST_TOKENS, Trace, calendar_time
+from fluidopt.errors import InvalidInput
+from fluidopt.traces.checks import is_number
+from fluidopt.traces.columns import Clock, Columns, Reading
+from fluidopt.traces.fields import MISSING, shown
+from fluidopt.traces.lines import open_source
+from fluidopt.traces.records import JsonLayout, VllmBenchmark
+from fluidopt.traces.servegen import ServeGenClient
+from fluidopt.traces.table import CsvLayout
+from fluidopt.traces.trace import COLUMNS, Trace, calendar_time
 
-Clock = Literal["calendar", "seconds"]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a parser returns: one entry per request, in the order of the file."""
-
-    time: NDArray[np.int64] | NDArray[np.float64]
-    """Nanoseconds since 1970 (int64) for calendar times, else seconds on the file's own clock (float64)."""
-    prompt_tokens: NDArray[np.int64]
-    output_tokens: NDArray[np.int64]
-    label: NDArray[np.str_] | None = None
-    utc: bool = False
-    """Whether calendar times carry a time zone (and are given here in UTC)."""
-
-
-@dataclass
-class BrokenLines:
-    """Where a parser reports what it cannot read: an error at once, or a count of lines left out."""
-
-    file: str
-    skip: bool = False
-    count: int = 0
-    first: TraceFormatError | None = None
-
-    def add(self, line: int, message: str) -> None:
-        """Report a broken line.
-
-        Raises:
-            TraceFormatError: unless broken lines are skipped.
-        """
-        hint = "" if self.skip else ". Repair the line, or leave such lines out with on_bad_line='skip'"
-        error = TraceFormatError(message + hint, file=self.file, line=line)
-        if not self.skip:
-            raise error
-        self.count += 1
-        self.first = self.first or error
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 @dataclass(frozen=True)
@@ -71,100 +39,28 @@ class TraceFormat:
     description: str
     """For messages: what the format is and how its first line looks."""
     recognises: Callable[[str], bool]
-    """Whether a file whose first non-blank line is this one is meant to have this format."""
-    parse: Callable[[str, BrokenLines], Columns]
-    """From the file's text (newlines already ``\\n``) to columns."""
-
-
-@dataclass(frozen=True)
-class CsvLayout:
-    """Which columns of a comma-separated file with a header hold the time, the token counts and the label."""
-
-    time: str
-    prompt: str
-    output: str
-    _: KW_ONLY
-    label: str | None = None
-    """Column of labels, which a file may lack."""
-    clock: Clock = "seconds"
-    """Whether ``time`` holds ISO 8601 timestamps ("calendar") or seconds."""
-
-    @property
-    def required(self) -> tuple[str, str, str]:
-        """The columns that a file must have."""
-        return self.time, self.prompt, self.output
-
-    def recognises(self, head: str) -> bool:
-        """Whether a header has at least two of the three required columns (a missing one is then named)."""
-        return len(set(self.required) & set(_header(head))) >= 2
-
-    def parse(self, text: str, broken: BrokenLines) -> Columns:
-        """Read all lines, one by one: about 2 s per million requests.
-
-        pandas would be twice as fast, but takes "1e2" for a token count and long rows for indexed ones.
-        """
-        header, head = next(_lines(text))
-        names = _header(head)
-        self._check_header(names, header, broken.file)
-        time_at, prompt_at, output_at = (names.index(name) for name in self.required)
-        label_at = names.index(self.label) if self.label in names else None
-        zoned: bool | None = None
-        time: list[float] = []
-        prompt: list[int] = []
-        output: list[int] = []
-        label: list[str] = []
-        for line, content in _lines(text, after=header):
-            try:
-                row = _split(content, names)
-                each_prompt = _tokens(row[prompt_at], self.prompt)
-                each_output = _tokens(row[output_at], self.output)
-                each_label = _label(row[label_at], self.label) if label_at is not None else ""
-                each_time: float
-                if self.clock == "calendar":
-                    each_time, zoned = _nanoseconds(row[time_at], self.time, zoned)
-                else:
-                    each_time = _seconds(row[time_at], self.time)
-            except _Fault as fault:
-                broken.add(line, str(fault))
-                continue
-            time.append(each_time)
-            prompt.append(each_prompt)
-            output.append(each_output)
-            label.append(each_label)
-        clock = np.array(time, dtype=np.int64) if self.clock == "calendar" else np.array(time, dtype=np.float64)
-        return Columns(
-            clock,
-            np.array(prompt, dtype=np.int64),
-            np.array(output, dtype=np.int64),
-            np.array(label, dtype=np.str_) if label_at is not None else None,
-            utc=bool(zoned),
-        )
-
-    def _check_header(self, names: Sequence[str], line: int, file: str) -> None:
-        wanted = [*self.required, *((self.label,) if self.label else ())]
-        found = ", ".join(names)
-        for name in self.required:
-            if name not in names:
-                raise TraceFormatError(
-                    f"column {name!r} is missing: expected a header with {', '.join(self.required)}, found "
-                    f"{found}. Rename or add the column",
-                    file=file,
-                    line=line,
-                )
-        for name, count in Counter(names).items():
-            if count > 1 and name in wanted:
-                raise TraceFormatError(
-                    f"column {name!r} occurs {count} times: expected it once, found {found}. "
-                    "Remove or rename the others",
-                    file=file,
-                    line=line,
-                )
+    """Whether a file that begins like this, from its first non-blank line on, is meant to have this format."""
+    parse: Callable[[Reading], Columns]
+    """From the file's lines to columns."""
+    layout: CsvLayout | JsonLayout | None = None
+    """Which column means what, where there are columns; ``columns=`` can then say otherwise."""
+    drawn: bool = False
+    """Whether the file describes requests by their laws, from which they are drawn."""
 
 
 def csv_format(name: str, description: str, layout: CsvLayout) -> TraceFormat:
     """Make the `TraceFormat` of a comma-separated file."""
-    columns = ",".join(layout.required) + (f"[,{layout.label}]" if layout.label else "")
-    return TraceFormat(name, f"{description}, header {columns}", layout.recognises, layout.parse)
+    return _laid_out(name, f"{description}, header", layout)
+
+
+def json_format(name: str, description: str, layout: JsonLayout) -> TraceFormat:
+    """Make the `TraceFormat` of a file with a JSON object per line."""
+    return _laid_out(name, f"{description}, a JSON object per line with", layout)
+
+
+def _laid_out(name: str, description: str, layout: CsvLayout | JsonLayout) -> TraceFormat:
+    columns = ",".join(layout.required) + "".join(f"[,{column}]" for column in layout.optional.values())
+    return TraceFormat(name, f"{description} {columns}", layout.recognises, layout.parse, layout)
 
 
 _FORMATS: dict[str, TraceFormat] = {}
@@ -186,121 +82,278 @@ def trace_formats() -> tuple[TraceFormat, ...]:
     return tuple(_FORMATS.values())
 
 
-register_trace_format(
+for each_format in (
     csv_format(
         "azure",
         "Azure LLM inference trace",
         CsvLayout("TIMESTAMP", "ContextTokens", "GeneratedTokens", clock="calendar"),
-    )
-)
-register_trace_format(
+    ),
+    csv_format(
+        "burstgpt",
+        "BurstGPT trace, seconds",
+        CsvLayout("Timestamp", "Request tokens", "Response tokens", label="Model", clock="s"),
+    ),
+    json_format(
+        "mooncake", "Mooncake trace, milliseconds", JsonLayout("timestamp", "input_length", "output_length", clock="ms")
+    ),
+    json_format(
+        "vllm-requests",
+        "requests as served by vLLM, seconds",
+        JsonLayout(
+            "arrival_time",
+            "input_toks",
+            "output_toks",
+            first_token="first_token_ts",
+            finish="last_token_ts",
+            clock="s",
+            engine_queued="queued_ts",
+        ),
+    ),
+    TraceFormat(
+        "vllm-benchmark",
+        "result of vllm bench serve --save-detailed, a JSON object with input_lens, output_lens and start_times",
+        VllmBenchmark().recognises,
+        VllmBenchmark().parse,
+    ),
+    TraceFormat(
+        "servegen",
+        "client of ServeGen, *-trace.csv without a header beside *-dataset.json",
+        ServeGenClient().recognises,
+        ServeGenClient().parse,
+        drawn=True,
+    ),
     csv_format(
         "csv",
-        "plain CSV, arrival_time in seconds",
-        CsvLayout("arrival_time", "prompt_tokens", "output_tokens", label="label"),
-    )
-)
+        "plain CSV",
+        CsvLayout(
+            "arrival_time",
+            "prompt_tokens",
+            "output_tokens",
+            label="label",
+            first_token="first_token_time",
+            finish="finish_time",
+        ),
+    ),
+    json_format(
+        "jsonl",
+        "plain records",
+        JsonLayout(
+            "arrival_time",
+            "prompt_tokens",
+            "output_tokens",
+            label="label",
+            first_token="first_token_time",
+            finish="finish_time",
+        ),
+    ),
+):
+    register_trace_format(each_format)
 
 
 def read_trace(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    time_unit: TimeUnit | None = None,
     on_bad_line: Literal["error", "skip"] = "error",
     label: str | Sequence[str] | None = None,
     observation_time: float | None = None,
+    period: tuple[float, float] | None = None,
+    seed: int | np.random.SeedSequence | np.random.Generator = 0,
 ) -> Trace:
     """Read one trace file, or several that are then superposed by `Trace.merge`.
+
+    The start of a file tells its format:
+
+    ================  ==================================================================================================
+    azure             Azure's LLM inference traces of 2023 and 2024
+    burstgpt          BurstGPT; the model is the label (``columns={"label": "Log Type"}`` takes that column instead)
+    mooncake          Mooncake's JSON lines; blocks of the prefix cache (``hash_ids``) are not read
+    vllm-requests     JSON lines with the times that vLLM's engine measured for each request
+    vllm-benchmark    the result of ``vllm bench serve --save-result --save-detailed``
+    servegen          a client of ServeGen: laws of rates and lengths, from which requests are drawn
+    csv, jsonl        ``arrival_time``, ``prompt_tokens``, ``output_tokens`` and, where the file has them, ``label``,
+                      ``first_token_time`` and ``finish_time``; times are seconds, or timestamps if the first one is
+    ================  ==================================================================================================
+
+    Files may be packed by gzip. Lines are read in pieces of 4 MB, so memory is that of the arrays which a file becomes
+    and of one piece; only a benchmark's result, one document, is read as a whole.
 
     Blank lines are ignored, requests are sorted by arrival, and further columns are not read. A line is
     broken if it has too few or too many fields, a time that cannot be read, or token counts that are not
     whole numbers of at least 1. A request that generated 0 tokens counts as broken too: it failed or was
-    cancelled, and its tokens say nothing about what it would have cost.
+    cancelled, and its tokens say nothing about what it would have cost. (BurstGPT has many; skip them.)
+
+    vLLM's engine measures times on a clock of its own. They are moved to the clock of the arrivals by the least
+    difference between a request's being queued and its arrival: the least delay before the queue counts as zero, and
+    all measured times are early by it.
 
     Args:
-        path: file, or sequence of files.
-        format: name of a format in `trace_formats`; left out, each file's first line tells.
-        on_bad_line: "error" stops at the first broken line; "skip" leaves such lines out and counts them in
-            `Trace.skipped_lines`.
+        path: file, or sequence of files; ``"-"`` is standard input.
+        format: name of a format in `trace_formats`; left out, each file's start tells.
+        columns: for files with columns, what they are called here, by name in `Trace`:
+            ``columns={"arrival_time": "ts", "prompt_tokens": "in"}``. Those left out keep the format's name.
+        time_unit: unit of times that are numbers, if not the format's: "s", "ms", "us" or "ns".
+        on_bad_line: "error" stops at the first broken line; "skip" leaves such lines out, counts them in
+            `Trace.skipped_lines` and keeps the first few faults in `Trace.skipped_reasons`.
         label: label of all requests, or one per file. Left out, the file's own label column where it has one,
             and for several files what tells their names apart (``..._code.csv`` and ``..._conv.csv``: "code",
             "conv").
         observation_time: length of the observed period, s, where it is known to be longer than the span of
             the requests; see `Trace.duration`.
+        period: ServeGen: from when to when requests are drawn, s on the file's clock; left out, all the time that it
+            describes.
+        seed: ServeGen: of the draws, which in each slot of time depend on it and on the file's name alone.
 
     Raises:
         TraceFormatError: a file is empty, of no known format, or has a broken line; it carries ``file`` and
             ``line``.
-        InvalidInput: a file does not exist or cannot be opened, or an argument breaks a rule.
+        InvalidInput: a file does not exist or cannot be opened, an argument breaks a rule, or a period has more
+            than 20 million requests to draw.
 
-    Sources: Azure/AzurePublicDataset, AzureLLMInferenceTrace_*.csv (2023; those of 2024 have the same
-    columns).
+    Costs about 0.6 s per million lines of CSV, ten times that where fields are quoted, padded or have exponents, and
+    about 5 s per million lines of JSON.
+
+    Sources: Azure/AzurePublicDataset; HPMLL/BurstGPT; kvcache-ai/Mooncake; alibaba/ServeGen; vllm-project/vllm.
     """
     paths = _paths(path)
     if format is not None and format not in _FORMATS:
         raise InvalidInput(f"read_trace: format must be one of {', '.join(_FORMATS)}; got {format!r}")
     if on_bad_line not in ("error", "skip"):
         raise InvalidInput(f"read_trace: on_bad_line must be 'error' or 'skip'; got {on_bad_line!r}")
+    if time_unit is not None and time_unit not in get_args(TimeUnit):
+        raise InvalidInput(f"read_trace: time_unit must be one of {', '.join(get_args(TimeUnit))}; got {time_unit!r}")
     labels = _labels(label, len(paths))
-    traces = [
-        _read_file(each, format=format, skip=on_bad_line == "skip", label=name)
-        for each, name in zip(paths, labels, strict=True)
-    ]
+    wishes = _Wishes(format, _named(columns), time_unit, on_bad_line == "skip", _period(period), seed)
+    traces = [_read_file(each, wishes, label=name) for each, name in zip(paths, labels, strict=True)]
     if len(traces) > 1:
         return Trace.merge(*traces, observation_time=observation_time)
     if observation_time is None:
         return traces[0]
-    return Trace.merge(traces[0], observation_time=observation_time)
+    return replace(traces[0], observation_time=observation_time)
 
 
-def _read_file(path: Path, *, format: str | None, skip: bool, label: str | None) -> Trace:
-    file = str(path)
-    text = _text(path)
-    line, head = next(_lines(text), (0, ""))
-    if not line:
-        raise TraceFormatError("the file is empty: expected a header line and one line per request", file=file)
-    trace_format = _FORMATS[format] if format is not None else _recognise(head, line, file)
-    broken = BrokenLines(file, skip)
-    columns = trace_format.parse(text, broken)
-    if columns.time.size == 0:
-        if broken.first is not None:
-            raise TraceFormatError(
-                f"all {broken.count:,} lines after the header are broken, the first one at {broken.first}. "
-                f"Check that the file is {trace_format.description}",
-                file=file,
+@dataclass(frozen=True)
+class _Wishes:
+    """What the caller says about all the files."""
+
+    format: str | None
+    columns: dict[str, str]
+    time_unit: Clock | None
+    skip: bool
+    period: tuple[float, float] | None
+    seed: int | np.random.SeedSequence | np.random.Generator
+
+
+def _read_file(path: Path, wishes: _Wishes, *, label: str | None) -> Trace:
+    with open_source(path) as source:
+        reading = Reading(source, wishes.skip, wishes.period, wishes.seed)
+        if not source.head_line:
+            raise reading.fault("the file is empty: expected one line per request")
+        trace_format = _format(reading, wishes)
+        if wishes.period is not None and not trace_format.drawn:
+            raise InvalidInput(
+                f"read_trace: period says when to draw requests from their laws, and {source.file!r} has them recorded "
+                f"({trace_format.name}); leave it out, and take a part of the trace with Trace.window"
             )
-        raise TraceFormatError(
+        columns = trace_format.parse(reading)
+        _check_named(columns, reading, wishes)
+    if columns.time.size == 0:
+        if reading.broken_lines:
+            raise reading.fault(
+                f"all {reading.broken_lines:,} lines that should hold a request are broken, the first one at "
+                f"{reading.reasons[0]}. Check that the file is {trace_format.description}"
+            )
+        raise reading.fault(
             "there is no request after the header: expected one line per request. Check that the file is complete",
-            file=file,
-            line=line,
+            line=source.head_line,
         )
-    tokens = columns.prompt_tokens, columns.output_tokens
-    count = columns.time.size
-    labels = np.full(count, label) if label is not None else columns.label
-    if columns.time.dtype.kind == "f":
-        seconds = columns.time.astype(np.float64)
-        return Trace(seconds, *tokens, label=labels, sources=(path.name,), skipped_lines=broken.count)
-    first = int(columns.time.min())
+    return _trace(columns, reading, path.name if source.path else source.file, label)
+
+
+def _check_named(columns: Columns, reading: Reading, wishes: _Wishes) -> None:
+    """Refuse a file without a column that the caller has named: a misspelt one would go unnoticed."""
+    for name, column in wishes.columns.items():
+        if columns.time.size and getattr(columns, _LAYOUT_FIELDS[name], columns) is None:
+            raise reading.fault(
+                f"column {column!r} is missing: columns={{{name!r}: {column!r}}} says that the file has it. Its first "
+                f"line is {shown(reading.source.first_line.strip())}",
+                line=reading.source.head_line,
+            )
+
+
+def _trace(columns: Columns, reading: Reading, name: str, label: str | None) -> Trace:
+    labels = np.full(columns.time.size, label) if label is not None else columns.label
+    first = int(columns.time.min()) if columns.time.dtype.kind == "i" else None
+    time = _relative(columns.time, first)
+    for array in (time, columns.prompt_tokens, columns.output_tokens, labels):
+        if array is not None:
+            array.setflags(write=False)  # nobody else has it: the trace need not copy it
     return Trace(
-        (columns.time - first) / 1e9,
-        *tokens,
+        time,
+        columns.prompt_tokens,
+        columns.output_tokens,
         label=labels,
-        start=calendar_time(first, utc=columns.utc),
-        sources=(path.name,),
-        skipped_lines=broken.count,
+        first_token_time=None if columns.first_token is None else _relative(columns.first_token, first),
+        finish_time=None if columns.finish is None else _relative(columns.finish, first),
+        start=None if first is None else calendar_time(first, utc=columns.utc),
+        observation_time=columns.observation_time,
+        sources=(name,),
+        skipped_lines=reading.broken_lines,
+        skipped_reasons=tuple(reading.reasons),
     )
 
 
-def _recognise(head: str, line: int, file: str) -> TraceFormat:
-    for trace_format in _FORMATS.values():
-        if trace_format.recognises(head):
-            return trace_format
+def _relative(time: NDArray[np.int64] | NDArray[np.float64], first: int | None) -> NDArray[np.float64]:
+    """Seconds, on the file's own clock or, with a calendar, since the first request."""
+    if first is None:
+        return time.astype(np.float64, copy=False)
+    seconds: NDArray[np.float64] = (time - first) / 1e9
+    seconds[time == MISSING] = math.nan
+    return seconds
+
+
+def _format(reading: Reading, wishes: _Wishes) -> TraceFormat:
+    """The format of a file: as the caller says, else as its start tells; with the caller's columns.
+
+    Raises:
+        TraceFormatError: none fits.
+        InvalidInput: the format has no columns to be named.
+    """
+    head = reading.source.head
+    found = _FORMATS[wishes.format] if wishes.format is not None else _recognised(head)
+    if not wishes.columns and wishes.time_unit is None:
+        if found is None:
+            raise _unknown(reading)
+        return found
+    if found is None:
+        found = _FORMATS["jsonl" if head.startswith("{") else "csv"]
+    if found.layout is None:
+        raise InvalidInput(
+            f"read_trace: columns and time_unit go with files that have columns; {reading.source.file!r} is "
+            f"{found.description}. Leave them out"
+        )
+    changes: dict[str, Any] = {_LAYOUT_FIELDS[name]: column for name, column in wishes.columns.items()}
+    if wishes.time_unit is not None or "arrival_time" in wishes.columns:
+        changes["clock"] = wishes.time_unit
+    layout = replace(found.layout, **changes)
+    return replace(found, parse=layout.parse, layout=layout)
+
+
+_LAYOUT_FIELDS = dict(zip(COLUMNS, ("time", "prompt", "output", "label", "first_token", "finish"), strict=True))
+
+
+def _recognised(head: str) -> TraceFormat | None:
+    return next((each for each in _FORMATS.values() if each.recognises(head)), None)
+
+
+def _unknown(reading: Reading) -> Exception:
     known = "; ".join(f"{each.name} ({each.description})" for each in _FORMATS.values())
-    raise TraceFormatError(
-        f"the format is not known: the first line is {_shown(head.strip())}. Known formats: {known}. "
-        "Rename the columns, or name the format with format=...",
-        file=file,
-        line=line,
+    return reading.fault(
+        f"the format is not known: the first line is {shown(reading.source.first_line.strip())}. Known formats: "
+        f"{known}. Say what the columns are called with columns=..., or name the format with format=...",
+        line=reading.source.head_line,
     )
 
 
@@ -336,122 +389,27 @@ def _labels(label: str | Sequence[str] | None, files: int) -> list[str | None]:
     return [*labels]
 
 
-def _text(path: Path) -> str:
-    """Read a file as UTF-8, with or without a byte order mark, every kind of line end as a newline."""
+def _named(columns: Mapping[str, str] | None) -> dict[str, str]:
+    if columns is None:
+        return {}
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise InvalidInput(f"read_trace: there is no file {str(path)!r}; check the path") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InvalidInput(f"read_trace: {str(path)!r} cannot be opened: {error}") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise TraceFormatError(
-            f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}. Unpack the file, or save it as UTF-8",
-            file=str(path),
-            line=line,
-        ) from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if (nul := text.find("\0")) >= 0:
-        raise TraceFormatError(
-            "expected UTF-8 text, found a NUL byte. Unpack the file, or save it as UTF-8",
-            file=str(path),
-            line=text.count("\n", 0, nul) + 1,
+        named = dict(columns)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"read_trace: columns must map names to columns of the file; got {columns!r}") from None
+    for name, column in named.items():
+        if name not in COLUMNS:
+            raise InvalidInput(f"read_trace: columns has the name {name!r}; its names are {', '.join(COLUMNS)}")
+        if not (isinstance(column, str) and column):
+            raise InvalidInput(f"read_trace: columns[{name!r}] must be the name of a column; got {column!r}")
+    return named
+
+
+def _period(period: tuple[float, float] | None) -> tuple[float, float] | None:
+    if period is None:
+        return None
+    pair = tuple(period) if isinstance(period, (tuple, list)) else ()
+    if len(pair) != 2 or not all(is_number(each) and math.isfinite(each) for each in pair) or not pair[0] < pair[1]:
+        raise InvalidInput(
+            f"read_trace: period must be two finite numbers of seconds in order, such as (0, 3600); got {period!r}"
         )
-    return text
-
-
-def _lines(text: str, *, after: int = 0) -> Iterator[tuple[int, str]]:
-    """Yield number and content of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if number > after and line.strip():
-            yield number, line
-
-
-def _header(line: str) -> list[str]:
-    """The column names of a header line; none where it is not even CSV."""
-    with suppress(csv.Error, StopIteration):
-        return [name.strip() for name in next(csv.reader([line], strict=True))]
-    return []
-
-
-class _Fault(Exception):
-    """Why one line cannot be read."""
-
-
-def _split(line: str, names: Sequence[str]) -> list[str]:
-    if '"' in line:
-        try:
-            row = next(csv.reader([line], strict=True))
-        except (csv.Error, StopIteration) as error:
-            raise _Fault(f"expected {len(names)} fields, found quotes that do not pair up ({error})") from None
-    else:
-        row = line.split(",")
-    if len(row) != len(names):
-        raise _Fault(
-            f"expected {len(names)} fields ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''}), "
-            f"found {len(row)}: {_shown(line)}"
-        )
-    return row
-
-
-_WHOLE = re.compile(r"[ \t]*\+?([0-9]{1,18})(?:\.0*)?[ \t]*")
-
-
-def _tokens(text: str, column: str) -> int:
-    match = _WHOLE.fullmatch(text)
-    if match and 1 <= int(match[1]) <= MOST_TOKENS:
-        return int(match[1])
-    raise _Fault(f"expected a whole number from 1 to {MOST_TOKENS:,} in column {column}, found {_shown(text)}")
-
-
-def _label(text: str, column: str | None) -> str:
-    if label := text.strip():
-        return label
-    raise _Fault(f"expected a label in column {column}, found nothing")
-
-
-_NUMBER = re.compile(r"[ \t]*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[ \t]*")
-_MOST_SECONDS = 1e12
-
-
-def _seconds(text: str, column: str) -> float:
-    if _NUMBER.fullmatch(text) and abs(seconds := float(text)) <= _MOST_SECONDS:
-        return seconds
-    raise _Fault(f"expected a finite number of seconds in column {column}, found {_shown(text)}")
-
-
-_STAMP = re.compile(
-    r"[ \t]*([0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
-    r"(Z|[+-][0-9]{2}:?[0-9]{2})?[ \t]*"
-)
-_EPOCH, _EPOCH_UTC = datetime(1970, 1, 1), datetime(1970, 1, 1, tzinfo=UTC)
-_LAST_DAY = (datetime(2262, 1, 1) - _EPOCH).days
-
-
-def _nanoseconds(text: str, column: str, zoned: bool | None) -> tuple[int, bool]:
-    """Read a timestamp as nanoseconds since 1970, and whether it has a time zone, which must be ``zoned``."""
-    expected = f"expected a timestamp such as 2023-11-16 18:17:03.9799600 in column {column}"
-    match = _STAMP.fullmatch(text)
-    if match is None:
-        raise _Fault(f"{expected}, found {_shown(text)}")
-    moment, fraction, zone = match.groups()
-    if zoned is not None and zoned != (zone is not None):
-        raise _Fault(f"{expected}, {'with' if zoned else 'without'} a zone as before, found {_shown(text)}")
-    try:
-        if zone is None:
-            since = datetime.fromisoformat(moment) - _EPOCH
-        else:
-            since = datetime.fromisoformat(moment + zone) - _EPOCH_UTC
-    except ValueError as error:
-        raise _Fault(f"{expected}, found {_shown(text)} ({error})") from None
-    if not 0 <= since.days < _LAST_DAY:
-        raise _Fault(f"{expected}, from 1970 to 2261, found {_shown(text)}")
-    nanoseconds = int(fraction.ljust(9, "0")) if fraction else 0
-    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + nanoseconds, zone is not None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    return float(pair[0]), float(pair[1])

@@ -5,20 +5,33 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from html import escape
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import combinations, takewhile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput
+from fluidopt.traces.checks import (
+    finite_seconds,
+    first_bad,
+    generator_of,
+    is_number,
+    measured_times,
+    observation_period,
+    one_dimensional,
+    read_only,
+    token_counts,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
+    from fluidopt.traces.classify import By
     from fluidopt.workload import Workload
 
 
@@ -42,6 +55,10 @@ class Trace:
     _: KW_ONLY
     label: NDArray[np.str_] | None = None
     """Where each request comes from, shape (N,): for merged files, which file; None where nothing tells."""
+    first_token_time: NDArray[np.float64] | None = None
+    """Measured: when the first output token came, s on the clock of `arrival_time`, shape (N,); NaN where absent."""
+    finish_time: NDArray[np.float64] | None = None
+    """Measured: when the last output token came, in the same way."""
     start: datetime | None = None
     """Time of the first request, cut to microseconds; None where the source has no calendar."""
     offset: float = 0.0
@@ -52,14 +69,16 @@ class Trace:
     """Names of the files read."""
     skipped_lines: int = 0
     """Broken lines left out while reading."""
+    skipped_reasons: tuple[str, ...] = ()
+    """File, line and fault of the first few of them."""
 
     def __post_init__(self) -> None:
-        time = _column("arrival_time", self.arrival_time, np.float64)
+        time = one_dimensional("arrival_time", self.arrival_time, np.float64)
         if time.size == 0:
             raise InvalidInput("Trace: arrival_time is empty; a trace needs at least one request")
         if not np.isfinite(time).all():
             raise InvalidInput(
-                f"Trace: arrival_time must be finite; got {_first(time, ~np.isfinite(time))} "
+                f"Trace: arrival_time must be finite; got {first_bad(time, ~np.isfinite(time))} "
                 "(drop such requests or repair their times)"
             )
         if not (self.start is None or isinstance(self.start, datetime)):
@@ -67,29 +86,42 @@ class Trace:
         order = None if bool((time[1:] >= time[:-1]).all()) else np.argsort(time, kind="stable")
         first = float(time.min())
         columns: dict[str, NDArray[Any]] = {
-            "arrival_time": time - first,
-            "prompt_tokens": _tokens("prompt_tokens", self.prompt_tokens),
-            "output_tokens": _tokens("output_tokens", self.output_tokens),
+            "arrival_time": time - first if first else time,
+            "prompt_tokens": token_counts("prompt_tokens", self.prompt_tokens),
+            "output_tokens": token_counts("output_tokens", self.output_tokens),
         }
         if self.label is not None:
-            columns["label"] = _column("label", self.label, np.str_)
+            columns["label"] = one_dimensional("label", self.label, np.str_)
             if (columns["label"] == "").any():
                 raise InvalidInput("Trace: label must not be empty text; give every request a label, or none")
+        for name in MEASURED:
+            if getattr(self, name) is not None:
+                columns[name] = measured_times(name, getattr(self, name)) - first
         for name, column in columns.items():
             if column.shape != time.shape:
                 raise InvalidInput(
                     f"Trace: {name} has {column.size:,} entries and arrival_time {time.size:,}; "
                     "every column needs one entry per request"
                 )
-            ordered = column.copy() if order is None else column[order]
-            ordered.setflags(write=False)
-            object.__setattr__(self, name, ordered)
+            object.__setattr__(self, name, read_only(column if order is None else column[order]))
+        self._check_order()
         if self.start is None:
             object.__setattr__(self, "offset", float(self.offset) + first)
         span = float(self.arrival_time[-1])
         if self.observation_time is not None:
-            object.__setattr__(self, "observation_time", _observation_time(self.observation_time, span))
+            object.__setattr__(self, "observation_time", observation_period(self.observation_time, span))
         object.__setattr__(self, "sources", tuple(self.sources))
+        object.__setattr__(self, "skipped_reasons", tuple(self.skipped_reasons))
+
+    def _check_order(self) -> None:
+        """Refuse a first token before the arrival, and a last one before the first."""
+        for earlier, name in combinations(("arrival_time", *MEASURED), 2):
+            before, after = getattr(self, earlier), getattr(self, name)
+            if before is not None and after is not None and (wrong := after < before).any():
+                raise InvalidInput(
+                    f"Trace: {name} must not lie before {earlier}; got {first_bad(after, wrong)}, where {earlier} is "
+                    f"{before[wrong][0]:g} (in order of arrival, s after the first request); give NaN where unknown"
+                )
 
     @property
     def duration(self) -> float:
@@ -159,17 +191,98 @@ class Trace:
             np.concatenate([trace.prompt_tokens for trace in traces]),
             np.concatenate([trace.output_tokens for trace in traces]),
             label=label,
+            first_token_time=_joined(traces, seconds, "first_token_time"),
+            finish_time=_joined(traces, seconds, "finish_time"),
             start=begin,
             observation_time=observation_time,
             sources=tuple(source for trace in traces for source in trace.sources),
             skipped_lines=sum(trace.skipped_lines for trace in traces),
+            skipped_reasons=tuple(reason for trace in traces for reason in trace.skipped_reasons),
+        )
+
+    def window(self, start: float, stop: float) -> Trace:
+        """Return the requests that arrive in [``start``, ``stop``), seconds after the first request of this trace.
+
+        The window's first request is put at 0 s, and its `observation_time` is ``stop - start``: an empty stretch
+        at either end counts. Labels and measured times go along.
+
+        Raises:
+            InvalidInput: ``start`` or ``stop`` is not finite, they are not in this order, or no request arrives
+                between them.
+        """
+        begin, end = (finite_seconds("window", name, value) for name, value in (("start", start), ("stop", stop)))
+        if not begin < end:
+            raise InvalidInput(f"Trace.window: start must be below stop; got start={begin:g} and stop={end:g}")
+        first, last = np.searchsorted(self.arrival_time, [begin, end], side="left")
+        if first == last:
+            raise InvalidInput(
+                f"Trace.window: no request arrives in [{begin:g}, {end:g}) s; the trace spans 0 to "
+                f"{self.arrival_time[-1]:g} s"
+            )
+        return self._part(slice(int(first), int(last)), observation_time=end - begin)
+
+    def thinned(self, share: float, *, seed: int | np.random.SeedSequence | np.random.Generator = 0) -> Trace:
+        """Keep each request with probability ``share``, independently of the others.
+
+        The observed period stays, so the rate becomes ``share`` times its value on average. A Poisson stream stays
+        one; a bursty one comes nearer to it, as the requests of a burst are parted (`sped_up` with a factor below 1
+        lowers the rate and keeps the shape).
+
+        Args:
+            share: above 0, at most 1.
+            seed: of the choice; the same seed keeps the same requests.
+
+        Raises:
+            InvalidInput: an argument breaks a rule, or no request is left.
+        """
+        if not (is_number(share) and 0.0 < share <= 1.0):
+            raise InvalidInput(f"Trace.thinned: share must be above 0 and at most 1; got {share!r}")
+        kept = np.flatnonzero(generator_of(seed, "Trace.thinned").random(len(self)) < share)
+        if not kept.size:
+            raise InvalidInput(
+                f"Trace.thinned: share={share:g} left none of {len(self):,} requests; take a larger share, or another "
+                "seed"
+            )
+        return self._part(kept, observation_time=self.duration if self._has_rate() else None)
+
+    def sped_up(self, factor: float) -> Trace:
+        """Divide all times by ``factor``: ``factor`` times the rate, with the same pattern of bursts and lulls.
+
+        Measured times are left out: they belong to the load under which they were measured.
+
+        Raises:
+            InvalidInput: ``factor`` is not a finite number above 0.
+        """
+        if not (is_number(factor) and math.isfinite(factor) and factor > 0.0):
+            raise InvalidInput(f"Trace.sped_up: factor must be a finite number above 0; got {factor!r}")
+        return replace(
+            self,
+            arrival_time=self.arrival_time / factor,
+            observation_time=None if self.observation_time is None else self.observation_time / factor,
+            first_token_time=None,
+            finish_time=None,
+        )
+
+    def _part(self, which: slice | NDArray[np.int64], *, observation_time: float | None) -> Trace:
+        """The requests at these (increasing) indices."""
+        arrival_time = self.arrival_time[which]
+        return replace(
+            self,
+            arrival_time=arrival_time,
+            prompt_tokens=self.prompt_tokens[which],
+            output_tokens=self.output_tokens[which],
+            label=None if self.label is None else self.label[which],
+            first_token_time=None if self.first_token_time is None else self.first_token_time[which],
+            finish_time=None if self.finish_time is None else self.finish_time[which],
+            start=None if self.start is None else self.start + timedelta(seconds=float(arrival_time[0])),
+            observation_time=observation_time,
         )
 
     def classify(
         self,
         classes: int | None = None,
         *,
-        by: Literal["lengths", "label"] = "lengths",
+        by: By = "lengths",
         prompt_cuts: Sequence[float] | None = None,
         output_cuts: Sequence[float] | None = None,
         abandonment_rate: float = 0.0,
@@ -192,6 +305,42 @@ class Trace:
             abandonment_rate=abandonment_rate,
             seed=seed,
         ).workload
+
+    def rates(self, *, interval: float) -> pd.DataFrame:
+        """Return rates of requests and tokens in consecutive intervals; see `fluidopt.traces.statistics.rates`."""
+        from fluidopt.traces.statistics import rates
+
+        return rates(self, interval=interval)
+
+    def dispersion(self, *, windows: Sequence[float] | None = None) -> pd.DataFrame:
+        """Return how uneven counts of requests are; see `fluidopt.traces.statistics.dispersion`."""
+        from fluidopt.traces.statistics import dispersion
+
+        return dispersion(self, windows=windows)
+
+    def by_hour(self) -> pd.DataFrame:
+        """Return mean rates by the hour of the day; see `fluidopt.traces.statistics.by_hour`."""
+        from fluidopt.traces.statistics import by_hour
+
+        return by_hour(self)
+
+    def lengths(self, *, quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)) -> pd.DataFrame:
+        """Return how prompts and answers are distributed; see `fluidopt.traces.lengths.lengths`."""
+        from fluidopt.traces.lengths import lengths
+
+        return lengths(self, quantiles=quantiles)
+
+    def exponential_fit(self, *, bins: int | Sequence[int] = 50) -> pd.DataFrame:
+        """Return how far lengths are from exponential ones; see `fluidopt.traces.lengths.exponential_fit`."""
+        from fluidopt.traces.lengths import exponential_fit
+
+        return exponential_fit(self, bins=bins)
+
+    def plot(self) -> Figure:
+        """Draw rates, gaps, dispersion and lengths; see `fluidopt.plot_trace`."""
+        from fluidopt.traces.figure import plot_trace
+
+        return plot_trace(self)
 
     def describe(self) -> pd.DataFrame:
         """Summarise the stream: one row per label, and one named "all".
@@ -231,17 +380,12 @@ class Trace:
         """Return the requests as a table, a row each, in order of arrival."""
         import pandas as pd
 
-        columns = {
-            "arrival_time": self.arrival_time,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-        }
-        return pd.DataFrame(columns if self.label is None else {**columns, "label": self.label})
+        return pd.DataFrame({name: column for name in COLUMNS if (column := getattr(self, name)) is not None})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the requests as plain CSV; `read_trace` gives the same columns back.
 
-        The file has no place for `start`, `offset`, `observation_time`, `sources` and `skipped_lines`.
+        The file has no place for `start`, `offset`, `observation_time`, `sources` and what was skipped.
 
         Raises:
             InvalidInput: the file cannot be written.
@@ -257,17 +401,9 @@ class Trace:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trace):
             return NotImplemented
-        if (self.label is None) != (other.label is None):
-            return False
-        scalars = ("start", "offset", "observation_time", "sources", "skipped_lines")
-        columns = (
-            "arrival_time",
-            "prompt_tokens",
-            "output_tokens",
-            *(() if self.label is None else ("label",)),
-        )
+        scalars = ("start", "offset", "observation_time", "sources", "skipped_lines", "skipped_reasons")
         return all(getattr(self, name) == getattr(other, name) for name in scalars) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in columns
+            _same(getattr(self, name), getattr(other, name)) for name in COLUMNS
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -348,60 +484,15 @@ def _words(stem: str) -> list[str]:
     return [*words, word]
 
 
-def _column(name: str, values: ArrayLike, dtype: Any) -> NDArray[Any]:
-    try:
-        column = np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"Trace: {name} must be an array of {_KINDS[dtype]}; got {values!r:.80}") from None
-    if column.ndim != 1:
-        raise InvalidInput(f"Trace: {name} must have one dimension; got shape {column.shape}")
-    return column
+def _same(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
-_KINDS: dict[Any, str] = {np.float64: "numbers (seconds)", np.str_: "texts"}
-
-
-def _tokens(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    try:
-        given = np.asarray(values)
-        tokens = given if given.dtype.kind in "iu" else given.astype(np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"Trace: {name} must be an array of token counts; got {values!r:.80}") from None
-    if tokens.ndim != 1:
-        raise InvalidInput(f"Trace: {name} must have one dimension; got shape {tokens.shape}")
-    good = (tokens >= 1) & (tokens <= MOST_TOKENS)
-    if tokens.dtype.kind == "f":
-        good &= tokens == np.floor(tokens)
-    if not good.all():
-        raise InvalidInput(
-            f"Trace: {name} must be whole numbers from 1 to {MOST_TOKENS:,}; got {_first(tokens, ~good)} "
-            "(a request that generated nothing failed or was cancelled: leave it out)"
-        )
-    return tokens.astype(np.int64)
-
-
-MOST_TOKENS = 1_000_000_000
-"""Token counts above this are taken for faults of the file."""
-
-
-def _first(values: NDArray[Any], bad: NDArray[np.bool_]) -> str:
-    index = int(np.argmax(bad))
-    return f"{values[index].item()!r} at index {index}"
-
-
-def _observation_time(value: float, span: float) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0.0):
-        raise InvalidInput(f"Trace: observation_time must be a finite number of seconds above 0; got {value!r}")
-    if seconds < span:
-        raise InvalidInput(
-            f"Trace: observation_time is {seconds:g} s, but the requests span {span:g} s; give at least "
-            "that, or leave it out"
-        )
-    return seconds
+MEASURED = ("first_token_time", "finish_time")
+"""Columns that only a trace of a served stream has, in the order in which they happen."""
+COLUMNS = ("arrival_time", "prompt_tokens", "output_tokens", "label", *MEASURED)
 
 
 def _shared_observation_time(traces: Sequence[Trace]) -> float | None:
@@ -433,6 +524,19 @@ def _common_clock(traces: Sequence[Trace]) -> tuple[datetime | None, list[float]
         )
     begin = min(starts)
     return begin, [(start - begin) / timedelta(seconds=1) for start in starts]
+
+
+def _joined(traces: Sequence[Trace], seconds: Sequence[float], name: str) -> NDArray[np.float64] | None:
+    """A column of measured times of all traces on their common clock; None where none of them has it."""
+    columns = [getattr(trace, name) for trace in traces]
+    if all(column is None for column in columns):
+        return None
+    return np.concatenate(
+        [
+            np.full(len(trace), math.nan) if column is None else column + at
+            for trace, column, at in zip(traces, columns, seconds, strict=True)
+        ]
+    )
 
 
 def calendar_time(nanoseconds: int, *, utc: bool) -> datetime:
