@@ -21,7 +21,9 @@ LEVELS = (
     "KVMemory",
     "KVTransfer",
 )
-ORDER = ("Scenario", "WorkloadClass", "GPU", "IterationTime", "Mode", "TokenPrices", "Row", *LEVELS)
+CURVES = ("IterationTime", "LinearTime", "Kink", "TabulatedTime")
+ORDER = ("Scenario", "WorkloadClass", "GPU", *CURVES, "Mode", "TokenPrices", "Row", *LEVELS)
+LEVEL = "service level (below)"
 TYPES = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true/false"}
 
 
@@ -52,7 +54,7 @@ def _value(says: dict[str, Any]) -> str:
     if "anyOf" in says:
         return " or ".join(_value(each) for each in says["anyOf"] if each.get("type") != "null")
     if "oneOf" in says:
-        return "service level (below)"
+        return " or ".join(_value(each) for each in says["oneOf"]) if len(says["oneOf"]) < len(LEVELS) else LEVEL
     if "const" in says:
         return f'`"{says["const"]}"`'
     if "$ref" in says:

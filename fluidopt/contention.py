@@ -1,70 +1,20 @@
-"""How fast a GPU works: iteration-time curves, the operating modes built from them, and the GPU that has them."""
+"""How fast a GPU works: the operating modes built from an iteration-time curve, and the GPU that has them."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, replace
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from pydantic import Field
 
+from fluidopt.curves import ContentionCurve, Curve, IterationTime, Tokens
 from fluidopt.errors import ContentionWarning, InvalidInput
 from fluidopt.inputs import MOST, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, input_type, is_whole
 
-
-class ContentionCurve(Protocol):
-    """What an iteration takes, in seconds; any curve (affine, tabulated, batch-dependent) answers these two."""
-
-    def mixed(self, chunk: float, decodes: float) -> float:
-        """Iteration time (s) with a prefill chunk of ``chunk`` tokens beside ``decodes`` decodes."""
-        ...
-
-    def decode_only(self, decodes: float) -> float:
-        """Iteration time (s) with ``decodes`` decodes and no prefill."""
-        ...
-
-
-@input_type
-class IterationTime:
-    """The affine curve of [L26]: ``alpha + beta C`` with a prefill chunk (eq. (3)), ``solo`` without (eq. (2)).
-
-    Published fits have ``alpha < solo``, so that below ``C = b0 = (solo - alpha)/beta`` the line falls under the
-    decode-only time and a prefill would speed decodes up. The curve is therefore ``max(solo, alpha + beta C)``
-    unless ``physical=False`` asks for the raw line.
-    """
-
-    _: KW_ONLY
-    alpha: NonNegative
-    """Intercept of the mixed iteration time, s."""
-    beta: NonNegative
-    """Slope of the mixed iteration time, s/token of prefill chunk."""
-    solo: Positive
-    """Decode-only iteration time 1/gamma, s."""
-    physical: bool = True
-    """Whether a prefill can only slow an iteration down (``max(solo, ...)``); False takes the line as it is."""
-
-    def __post_init__(self) -> None:
-        if self.alpha == 0 and self.beta == 0:
-            raise InvalidInput("alpha and beta are both 0, so a prefill would take no time; make one positive")
-
-    @property
-    def crossover_chunk(self) -> float:
-        """b0, tokens: the chunk at which the mixed line meets the decode-only time (inf where ``beta`` is 0)."""
-        if self.beta == 0:
-            return 0.0 if self.alpha >= self.solo else math.inf
-        return max(0.0, (self.solo - self.alpha) / self.beta)
-
-    def mixed(self, chunk: float, decodes: float = 0) -> float:  # noqa: ARG002 - the affine curve ignores decodes
-        """Iteration time tau (s) with a prefill chunk of ``chunk`` tokens, [L26] eq. (3)."""
-        line = self.alpha + self.beta * chunk
-        return max(self.solo, line) if self.physical else line
-
-    def decode_only(self, decodes: float = 0) -> float:  # noqa: ARG002
-        """Iteration time 1/gamma (s) without a prefill, [L26] eq. (2)."""
-        return self.solo
+__all__ = ["GPU", "ContentionCurve", "IterationTime", "Mode", "warn_if_unphysical"]
 
 
 @input_type
@@ -121,8 +71,8 @@ class GPU:
     ``batch_size=1`` is allowed and means that a GPU prefills or decodes, never both at once.
     """
 
-    curve: IterationTime
-    """Iteration time of this model on this GPU."""
+    curve: Curve
+    """Iteration time of this model on this GPU: affine, linear or a table."""
     _: KW_ONLY
     batch_size: PositiveInt
     """B, requests that one GPU batches at most (vLLM: max_num_seqs)."""
@@ -134,10 +84,17 @@ class GPU:
     """Fraction of the fleet that is of this type; the shares of a model add up to 1."""
     operating_modes: tuple[Mode, ...] | None = None
     """Modes to use in place of the pair; see `modes` and `with_modes`."""
+    kv_tokens: Tokens | None = None
+    """Mean tokens in the KV cache per decode, at which the modes read the curve; required where it depends on them."""
     hourly_price: NonNegative | None = None
     """What one GPU of this type costs, money/hour; used where a fleet is sized."""
 
     def __post_init__(self) -> None:
+        if self.curve.depends_on_kv and self.kv_tokens is None:
+            raise InvalidInput(
+                "kv_tokens is required: this curve depends on the KV cache; give the mean tokens per decode, "
+                "P + D (1 + cv^2)/2 for prompts of P tokens and D decode iterations of coefficient of variation cv"
+            )
         modes = self.modes()
         twice = [name for name, count in Counter(mode.name for mode in modes).items() if count > 1]
         if twice:
@@ -207,13 +164,13 @@ class GPU:
             Mode(
                 f"{'decode' if disaggregated else 'solo'}{at_batch[b]}",
                 decode_slots=b,
-                iteration_time=self.curve.decode_only(b),
+                iteration_time=self._time(0, b),
             )
             for b in batches
         )
         if disaggregated:
             prefills = tuple(
-                Mode(f"prefill{at_chunk[C]}", chunk=C, iteration_time=self.curve.mixed(C, 0), after_prefill="idle")
+                Mode(f"prefill{at_chunk[C]}", chunk=C, iteration_time=self._time(C, 0), after_prefill="idle")
                 for C in chunks
             )
             return (*prefills, Mode("idle"), *decode_only)
@@ -222,13 +179,18 @@ class GPU:
                 f"mixed{at_chunk[C]}{at_batch[b]}",
                 chunk=C,
                 decode_slots=b - 1,
-                iteration_time=self.curve.mixed(C, b - 1),
+                iteration_time=self._time(C, b - 1),
                 after_prefill=f"solo{at_batch[b]}",
             )
             for C in chunks
             for b in batches
         )
         return (*mixed, *decode_only)
+
+    def _time(self, chunk: int, decodes: int) -> float:
+        """Iteration time, s, at the KV length of this type; ``chunk`` 0 means that no prefill runs."""
+        cached = () if self.kv_tokens is None else (self.kv_tokens,)
+        return self.curve.mixed(chunk, decodes, *cached) if chunk else self.curve.decode_only(decodes, *cached)
 
     def _sizes(self, field: str, values: Sequence[int] | None, default: str, own: int, *, most: int) -> tuple[int, ...]:
         """The whole numbers in ``values``, or ``own`` where it is None."""
@@ -283,7 +245,7 @@ class GPU:
     @property
     def kappa(self) -> float:
         """Speed of solo decode relative to mixed decode, gamma tau, at this batch and chunk size."""
-        return self.curve.mixed(self.chunk_size, self.batch_size - 1) / self.curve.decode_only(self.batch_size)
+        return self._time(self.chunk_size, self.batch_size - 1) / self._time(0, self.batch_size)
 
 
 def warn_if_unphysical(gpu: GPU) -> None:
@@ -297,10 +259,16 @@ def warn_if_unphysical(gpu: GPU) -> None:
             f", and kappa < (B-1)/B = {(batch - 1) / batch:.4g}, so an optimal plan may need a decode queue "
             "(Proposition 3.2 of [L26] does not apply)"
         )
+    solo = gpu.curve.decode_only(batch, gpu.kv_tokens or 0.0)
+    meet = gpu.curve.grid().crossover_chunk(batch - 1, gpu.kv_tokens or 0.0, alone=solo)
+    if gpu.curve.physical:  # the curve keeps mixed >= decode-only at equal decodes; the pair has one decode less
+        speedup, remedy = "a prefill in place of one decode", "Use a larger chunk"
+    else:
+        speedup, remedy = "a prefill", "Use physical=True or a larger chunk"
     warnings.warn(
         f"GPU {gpu.name!r}: at chunk_size {gpu.chunk_size} the mixed line is below the decode-only time "
-        f"(kappa = {kappa:.4g} < 1; the lines meet at b0 = {gpu.curve.crossover_chunk:.4g} tokens), so a prefill "
-        f"would speed decodes up; {lapsed}. Use physical=True or a larger chunk.",
+        f"(kappa = {kappa:.4g} < 1; the lines meet at b0 = {meet:.4g} tokens), so {speedup} "
+        f"would speed decodes up; {lapsed}. {remedy}.",
         ContentionWarning,
         stacklevel=3,
     )

@@ -1,4 +1,7 @@
-"""This module owns the real workload that ships with the package: a summary of two production traces."""
+"""This module owns the real workload that ships with the package: a summary of two production traces.
+
+The real GPUs that ship with it are in `fluidopt.data.gpus`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
+from fluidopt.data.gpus import known_gpu, known_gpus
 from fluidopt.errors import InvalidInput
 from fluidopt.workload import Workload, WorkloadClass
 
 if TYPE_CHECKING:
     from fluidopt.traces import Classification, Trace
 
-__all__ = ["azure_2023", "azure_2023_summary", "summarise_azure_2023"]
+__all__ = ["azure_2023", "azure_2023_summary", "known_gpu", "known_gpus", "summarise_azure_2023"]
 
 
 def azure_2023(*, by: Literal["lengths", "label"] = "lengths", abandonment_rate: float = 0.0) -> Workload:
