@@ -26,6 +26,7 @@ REGISTRY = {
     "resolve": "Re-solves after changed arrival rates",
     "plain_gillespie": "The Markov-chain simulator, against a plain per-GPU Gillespie in numba",
     "queue_peers": "The Markov-chain simulator, against Ciw and SimPy on the same queues",
+    "replay": "The replay of traces, against an engine in plain Python that walks through every iteration",
     "chain": "The exact Markov chain: building, and the stationary law by three routes",
 }
 

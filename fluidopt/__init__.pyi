@@ -1,3 +1,4 @@
+from .calibration import IterationTimeFit, fit_iteration_time, plot_fit, read_curves, read_iteration_times
 from .chain import ChainResult, OptimalPolicy, exact_chain, optimal_policy
 from .contention import GPU, ContentionCurve, IterationTime, Mode
 from .data import azure_2023
@@ -16,6 +17,7 @@ from .plots import plot_convergence, plot_plan, plot_policy_study, plot_result, 
 from .policy import Policy
 from .policy.bound import Bound, revenue_bound
 from .policy.controller import Controller, StartDecode, StartPrefill
+from .policy.engines import EngineSettings, engine_settings
 from .policy.refine import Refinement, refine_policy
 from .reference import reference_model
 from .scenario import Scenario, read_scenario
@@ -31,12 +33,14 @@ from .service_levels import (
     PrefillFairness,
     SlotTPOT,
 )
+from .serving import Engine, EngineFleet, Replay, fit_step_overhead, read_engine, replay
 from .simulation.arrivals import Bursty, Law, Laws, Sinusoidal, Steady, Stepwise
 from .simulation.compare import PolicyComparison, compare_policies
 from .simulation.result import SimulationResult
 from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
+from .studies.classes import ClassStudy, class_study
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
 from .studies.optimum import OptimumStudy, optimum_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
@@ -49,6 +53,7 @@ from .studies.robustness import (
 )
 from .studies.sizing import FleetSize, size_fleet
 from .traces import Classification, Trace, classify, read_trace
+from .traces.figure import plot_trace
 from .workload import TokenPrices, Workload, WorkloadClass
 
 __all__ = [
@@ -58,6 +63,7 @@ __all__ = [
     "Bursty",
     "Certificate",
     "ChainResult",
+    "ClassStudy",
     "Classification",
     "CompletionFloor",
     "ContentionCurve",
@@ -66,6 +72,9 @@ __all__ = [
     "ConvergenceStudy",
     "DecodeFairness",
     "Disturbance",
+    "Engine",
+    "EngineFleet",
+    "EngineSettings",
     "Estimate",
     "FleetPoint",
     "FleetSize",
@@ -78,6 +87,7 @@ __all__ = [
     "InstanceRanges",
     "InvalidInput",
     "IterationTime",
+    "IterationTimeFit",
     "KVMemory",
     "KVTransfer",
     "Law",
@@ -94,6 +104,7 @@ __all__ = [
     "PolicyStudy",
     "PrefillFairness",
     "Refinement",
+    "Replay",
     "Resolved",
     "ResolvedMany",
     "RobustnessStudy",
@@ -115,24 +126,34 @@ __all__ = [
     "WorkloadClass",
     "__version__",
     "azure_2023",
+    "class_study",
     "classify",
     "compare_policies",
     "convergence_study",
+    "engine_settings",
     "exact_chain",
+    "fit_iteration_time",
+    "fit_step_overhead",
     "fluid_trajectory",
     "optimal_policy",
     "optimum_study",
     "plot_convergence",
+    "plot_fit",
     "plot_plan",
     "plot_policy_study",
     "plot_result",
     "plot_summary",
+    "plot_trace",
     "plot_trajectory",
     "policy_study",
+    "read_curves",
+    "read_engine",
+    "read_iteration_times",
     "read_scenario",
     "read_trace",
     "reference_model",
     "refine_policy",
+    "replay",
     "revenue_bound",
     "robustness_study",
     "size_fleet",

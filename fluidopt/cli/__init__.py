@@ -1,4 +1,4 @@
-"""The terminal: ``fluidopt demo | plan | simulate | schema``.
+"""The terminal: ``fluidopt demo | plan | simulate | engines | fit | size | replay | schema``.
 
 Exit codes: 0 done; 2 bad input (arguments, scenario or trace file); 3 no plan satisfies the rows; 4 no certified
 answer. With ``--json`` standard output holds JSON and nothing else.
@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from fluidopt.cli import planning
+from fluidopt.cli import engines, fit, planning, replay, size
 from fluidopt.errors import FluidoptError, InfeasibleModel, SolverFailure
 
 app = typer.Typer(
@@ -20,7 +20,16 @@ app = typer.Typer(
     help="Plan how a fleet of GPUs splits between prefill and decode, whom it admits, and what that earns.",
 )
 
-for command in (planning.demo, planning.plan, planning.simulate, planning.schema):
+for command in (
+    planning.demo,
+    planning.plan,
+    planning.simulate,
+    engines.engines,
+    fit.fit,
+    size.size,
+    replay.replay,
+    planning.schema,
+):
     app.command()(command)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from fluidopt.simulation.arrivals import ArrivalProcess, Laws, Requests, RequestStream
+from fluidopt.simulation.choices import NOBODY, list_gpu
 from fluidopt.simulation.general_events import (
     CLASS,
     COUNTERS,
     GPU,
     LINE,
     NO_ARRIVALS,
-    NOBODY,
     REACHED,
     REQUEST,
     ROLE,
@@ -25,7 +25,6 @@ from fluidopt.simulation.general_events import (
     Fleet,
     State,
     advance,
-    list_gpu,
     settle,
 )
 from fluidopt.simulation.system import FEWEST_DECODES, Replication, Start, System, Totals, reject
@@ -49,12 +48,8 @@ def _build_fleet(system: System) -> Fleet:
         roles[name] = getattr(system, f"role_{name}")
     roles["prefills"] = prefills
     roles["takes"] = prefills & (system.role_decode_slots == system.role_slots)
-    cumulative = np.cumsum(system.side_share, axis=0)
-    last = system.sides - 1 - np.argmax(system.side_share[::-1] > 0, axis=0)
-    cumulative[np.arange(system.sides)[:, None] >= last] = 2.0  # rounding must not reach beyond the last share
-    order = system.router_order[np.argsort(system.role_side[system.router_order], kind="stable")]
-    first_role = np.concatenate([[0], np.cumsum(np.bincount(system.role_side, minlength=system.sides))])
-    return Fleet(classes, roles, order, first_role.astype(np.int64), cumulative, system.side_weight.copy())
+    order, first_role, cumulative = system.routing()
+    return Fleet(classes, roles, order, first_role, cumulative, system.side_weight.copy())
 
 
 def _build_state(system: System, room: int) -> State:

@@ -20,35 +20,31 @@ from typing import NamedTuple
 import numpy as np
 
 from fluidopt.simulation.arrivals import Requests
+from fluidopt.simulation.choices import NOBODY, best_line, line_of, list_gpu, next_decode, record, route, sift
 from fluidopt.simulation.kernel import AnyArray, compiled
 from fluidopt.simulation.system import FloatArray, IntArray
 
-NOBODY = -1
 REACHED, NO_ARRIVALS, FULL = 0, 1, 2  # why advance returned
 
 
-def _record(**columns: str) -> np.dtype[np.void]:
-    return np.dtype([(name, kind) for kind, names in columns.items() for name in names.split()], align=True)
-
-
-CLASS = _record(f8="slope base queue_target hold token_reward iteration_reward")
+CLASS = record(f8="slope base queue_target hold token_reward iteration_reward")
 # prefill_speed in tokens/s, the others in iterations/s; takes is 1 where a prefill takes a decode slot
-ROLE = _record(f8="prefill_speed rest_speed mixed_speed", i4="first_gpu decode_slots slots prefills takes stays side")
+ROLE = record(f8="prefill_speed rest_speed mixed_speed", i4="first_gpu decode_slots slots prefills takes stays side")
 # clock: iterations done at time `since`; earning: money per iteration of the decodes; the request in prefill: class,
 # end, decode iterations and patience left; positions in the lists of free and of idle GPUs, -1 in none
-GPU = _record(
+GPU = record(
     f8="clock since earning prefill_end output patience",
     i4="role decodes prefilling kind free_position idle_level idle_position changed",
 )
-REQUEST = _record(f8="prompt output", i4="previous next tag")
-LINE = _record(i4="head tail")
+REQUEST = record(f8="prompt output", i4="previous next tag")
+LINE = record(i4="head tail")
 COUNTERS = "arrivals prefill_completions decode_completions"
-TALLY = _record(i8="prefilling " + COUNTERS)
+TALLY = record(i8="prefilling " + COUNTERS)
 STARTS = "prefill_starts decode_starts"
-SERVICE = _record(i8="prefill decode " + STARTS, f8="prefill_moment decode_moment")
-WAITING = _record(i8="count abandoned", f8="moment")
+SERVICE = record(i8="prefill decode " + STARTS, f8="prefill_moment decode_moment")
+WAITING = record(i8="count abandoned", f8="moment")
 # origin: when the window began; slack: free decode slots less waiting decodes; queued: requests waiting for a prefill
-SCALARS = _record(
+SCALARS = record(
     f8="origin tokens earned", i8="arrival events idle slack queued waiting changes pool_used pool_free fcfs gate_first"
 )
 
@@ -90,43 +86,7 @@ class State(NamedTuple):
     deadline_place: IntArray
 
 
-@compiled
-def _sift(keys: FloatArray, order: IntArray, place: IntArray, size: int, at: int) -> None:
-    """Restore the heap after a change of the key of the item at place `at`."""
-    item = order[at]
-    key = keys[item]
-    while at > 0 and keys[order[(at - 1) >> 1]] > key:
-        up = (at - 1) >> 1
-        order[at] = order[up]
-        place[order[at]] = at
-        at = up
-    while True:
-        child = 2 * at + 1
-        if child + 1 < size and keys[order[child + 1]] < keys[order[child]]:
-            child += 1
-        if child >= size or keys[order[child]] >= key:
-            break
-        order[at] = order[child]
-        place[order[at]] = at
-        at = child
-    order[at] = item
-    place[item] = at
-
-
 # Queues ----------------------------------------------------------------------------------------------------------
-
-
-@compiled
-def _line(fleet: Fleet, state: State, tag: int) -> int:
-    """The line in which a request with this tag, (0 before prefill, 1 + side before decode) * I + class, waits."""
-    sides: int = fleet.weight.shape[0]
-    count: int = fleet.weight.shape[1]
-    if tag < count:
-        return 0 if state.scalars[0].fcfs == 1 else tag
-    s, i = tag // count - 1, tag % count
-    if fleet.weight[s, i] > 0.0:
-        return count + sides + s * count + i
-    return count + s
 
 
 @compiled
@@ -139,7 +99,7 @@ def _join(fleet: Fleet, state: State, tag: int, prompt: float, output: float, pa
         c = scalars.pool_used
         scalars.pool_used = c + 1
     request = state.pool[c]
-    line = state.lines[_line(fleet, state, tag)]
+    line = state.lines[line_of(fleet, state, tag)]
     request.prompt, request.output, request.tag = prompt, output, tag
     request.previous, request.next = line.tail, NOBODY
     if line.tail >= 0:
@@ -153,7 +113,7 @@ def _join(fleet: Fleet, state: State, tag: int, prompt: float, output: float, pa
     state.deadline[c] = now + patience
     state.deadline_order[scalars.waiting] = c
     scalars.waiting += 1
-    _sift(state.deadline, state.deadline_order, state.deadline_place, scalars.waiting, scalars.waiting - 1)
+    sift(state.deadline, state.deadline_order, state.deadline_place, scalars.waiting, scalars.waiting - 1)
 
 
 @compiled
@@ -162,7 +122,7 @@ def _leave(fleet: Fleet, state: State, c: int, now: float) -> int:
     scalars = state.scalars[0]
     request = state.pool[c]
     tag: int = request.tag
-    line = state.lines[_line(fleet, state, tag)]
+    line = state.lines[line_of(fleet, state, tag)]
     if request.previous >= 0:
         state.pool[request.previous].next = request.next
     else:
@@ -178,7 +138,7 @@ def _leave(fleet: Fleet, state: State, c: int, now: float) -> int:
     at = state.deadline_place[c]
     if at < scalars.waiting:
         state.deadline_order[at] = state.deadline_order[scalars.waiting]
-        _sift(state.deadline, state.deadline_order, state.deadline_place, scalars.waiting, at)
+        sift(state.deadline, state.deadline_order, state.deadline_place, scalars.waiting, at)
     request.next = scalars.pool_free
     scalars.pool_free = c
     return tag
@@ -227,47 +187,7 @@ def _schedule(fleet: Fleet, state: State, g: int) -> None:
         due = min(due, gpu.since + left / (role.mixed_speed if gpu.prefilling == 1 else role.rest_speed))
     state.due[g] = due
     gpu.changed = 0
-    _sift(state.due, state.due_order, state.due_place, state.due.size, state.due_place[g])
-
-
-@compiled
-def list_gpu(fleet: Fleet, state: State, g: int) -> None:
-    """Bring the lists of free and of idle GPUs up to date after a change of GPU g."""
-    gpu = state.gpus[g]
-    role = fleet.roles[gpu.role]
-    load = gpu.decodes + gpu.prefilling
-    free = gpu.decodes < role.decode_slots and load < role.slots
-    if free != (gpu.free_position >= 0):
-        members, size = state.free_members, state.free_size[gpu.role]
-        if free:
-            members[role.first_gpu + size] = g
-            gpu.free_position = size
-            state.free_size[gpu.role] = size + 1
-        else:
-            last = members[role.first_gpu + size - 1]
-            members[role.first_gpu + gpu.free_position] = last
-            state.gpus[last].free_position = gpu.free_position
-            gpu.free_position = NOBODY
-            state.free_size[gpu.role] = size - 1
-    level = NOBODY
-    if role.prefills == 1 and gpu.prefilling == 0 and load < role.slots:
-        level = gpu.decodes if state.idle_size.size > 1 else 0
-    old = gpu.idle_level
-    if level == old:
-        return
-    if old >= 0:
-        size = state.idle_size[old] - 1
-        last = state.idle_members[old, size]
-        state.idle_members[old, gpu.idle_position] = last
-        state.gpus[last].idle_position = gpu.idle_position
-        state.idle_size[old] = size
-    if level >= 0:
-        size = state.idle_size[level]
-        state.idle_members[level, size] = g
-        gpu.idle_position = size
-        state.idle_size[level] = size + 1
-    state.scalars[0].idle += (level >= 0) - (old >= 0)
-    gpu.idle_level = level
+    sift(state.due, state.due_order, state.due_place, state.due.size, state.due_place[g])
 
 
 @compiled
@@ -317,30 +237,10 @@ def _start_decode(fleet: Fleet, state: State, g: int, i: int, output: float, now
 
 
 @compiled
-def _best(fleet: Fleet, state: State) -> int:
-    """The line whose head is admitted next, -1 if nobody waits who is not held back."""
-    scalars = state.scalars[0]
-    if scalars.queued == 0:
-        return NOBODY
-    if scalars.fcfs == 1:
-        return 0
-    best, least, most = NOBODY, np.inf, -np.inf
-    for i in range(fleet.classes.size):
-        entry = fleet.classes[i]
-        waiting = state.waiting[i].count
-        if waiting > 0 and entry.hold < scalars.slack:
-            key = entry.base + entry.slope * state.tallies[i].prefilling
-            excess = waiting - entry.queue_target
-            if key < least or (key == least and excess > most):
-                best, least, most = i, key, excess
-    return best
-
-
-@compiled
 def _gate(fleet: Fleet, state: State, rng: np.random.Generator, now: float) -> None:
     """Admit while a GPU is idle and a prefill waits that is not held back."""
     while state.scalars[0].idle > 0:
-        line = _best(fleet, state)
+        line = best_line(fleet, state)
         if line < 0:
             break
         level = 0
@@ -354,44 +254,12 @@ def _gate(fleet: Fleet, state: State, rng: np.random.Generator, now: float) -> N
 
 
 @compiled
-def _route(fleet: Fleet, state: State, rng: np.random.Generator, s: int) -> int:
-    """A GPU for a decode, or -1: uniform over the GPUs with a free slot of the first role of side s that has one."""
-    for k in range(fleet.first_role[s], fleet.first_role[s + 1]):
-        r = fleet.router_order[k]
-        if state.free_size[r] > 0:
-            pick = np.int64(rng.random() * state.free_size[r])
-            g: int = state.free_members[fleet.roles[r].first_gpu + pick]
-            return g
-    return NOBODY
-
-
-@compiled
-def _next_decode(fleet: Fleet, state: State, rng: np.random.Generator, s: int) -> int:
-    """Who of side s gets a free slot, -1 if nobody waits: by weight, else the first who came."""
-    sides, count = fleet.weight.shape
-    first = count + sides + s * count
-    total = 0.0
-    for i in range(count):
-        if state.lines[first + i].head >= 0:
-            total += fleet.weight[s, i]
-    chosen: int = state.lines[count + s].head
-    u = rng.random() * total
-    for i in range(count):
-        if state.lines[first + i].head >= 0:
-            chosen = state.lines[first + i].head
-            u -= fleet.weight[s, i]
-            if u < 0.0:
-                break
-    return chosen
-
-
-@compiled
 def _fill_slots(fleet: Fleet, state: State, rng: np.random.Generator, g: int, now: float) -> None:
     """Seat waiting decodes on GPU g while it has a free slot, and list it."""
     gpu = state.gpus[g]
     role = fleet.roles[gpu.role]
     while gpu.decodes < role.decode_slots and gpu.decodes + gpu.prefilling < role.slots:
-        c = _next_decode(fleet, state, rng, role.side)
+        c = next_decode(fleet, state, rng, role.side)
         if c < 0:
             break
         i = _leave(fleet, state, c, now) % fleet.classes.size
@@ -410,7 +278,7 @@ def _seat_finished(
         u = rng.random()
         while s < sides - 1 and u >= fleet.cumulative[s, i]:
             s += 1
-    target = g if fleet.roles[state.gpus[g].role].stays == 1 else _route(fleet, state, rng, s)
+    target = g if fleet.roles[state.gpus[g].role].stays == 1 else route(fleet, state, rng, s)
     if target >= 0:
         _start_decode(fleet, state, target, i, output, now)
         list_gpu(fleet, state, target)

@@ -217,6 +217,16 @@ class System:
         """Number of GPUs n."""
         return int(self.role_gpus.sum())
 
+    def routing(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """How a decode finds its role: roles by side and preference, (R,), where each side begins, (S + 1,), and the
+        probability that a class's decode goes to a side or one before it, (S, I)."""
+        cumulative = np.cumsum(self.side_share, axis=0)
+        last = self.sides - 1 - np.argmax(self.side_share[::-1] > 0, axis=0)
+        cumulative[np.arange(self.sides)[:, None] >= last] = 2.0  # rounding must not reach beyond the last share
+        order = self.router_order[np.argsort(self.role_side[self.router_order], kind="stable")]
+        first = np.concatenate([[0], np.cumsum(np.bincount(self.role_side, minlength=self.sides))])
+        return order, first.astype(np.int64), cumulative
+
     def prefill_rates(self) -> FloatArray:
         """Completion rates mu_p of a prefill, (R, I), 1/s, [L26] eq. (4); 0 where the role never prefills."""
         mode = self.role_prefill_mode

@@ -1,0 +1,142 @@
+"""The command that sizes a fleet for a trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fluidopt.cli.options import Classes, Figure, Json, Seed, Template
+from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
+from fluidopt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fluidopt.contention import GPU
+    from fluidopt.studies.trace_sizing import TraceSize
+    from fluidopt.workload import TokenPrices
+
+# Of a GPU named on the command line, where nothing else is said: common settings of engines.
+BATCH, CHUNK = 64, 512
+
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--gpu", metavar="NAME[=PRICE]", help="A GPU that ships with the package, and its price per hour."),
+]
+
+
+def size(
+    inputs: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="One or more trace files.")],
+    ttft: Annotated[float, typer.Option(help="Time to first token at most, s.")],
+    tpot: Annotated[float, typer.Option(help="Time per output token at most, s.")],
+    percentile: Annotated[float, typer.Option(help="Per cent of the requests that must meet both.")] = 90.0,
+    mean: Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")] = False,
+    gpu: Types = None,
+    template: Template = None,
+    batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
+    policy: Annotated[str, typer.Option(help="engine, or a kind of policy such as gate-and-route.")] = "engine",
+    interval: Annotated[float, typer.Option(help="Length of the table's intervals, s.")] = 300.0,
+    classes: Classes = None,
+    max_gpus: Annotated[int | None, typer.Option(help="The most GPUs that are tried.")] = None,
+    seed: Seed = 0,
+    csv: Annotated[Path | None, typer.Option(help="Write the intervals there.")] = None,
+    figure: Figure = None,
+    as_json: Json = False,
+) -> None:
+    """Find how many GPUs recorded requests need: what no policy can do without, and what a real one needs, replayed.
+
+    GPU types come from --gpu (which may be repeated), or from the scenario of --with; default: Qwen-8B on an A100.
+
+    Example: fluidopt size trace.csv --ttft 2 --tpot 0.05 --gpu llama-3.1-8b/h100-sxm
+    """
+    from fluidopt.studies.trace_sizing import size_trace
+    from fluidopt.traces import read_trace
+
+    # What may be written is checked before what takes time.
+    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(figure)!r}")
+    types, prices = gpu_types(gpu, template, batch_size, chunk_size)
+    found = size_trace(
+        read_trace(inputs),
+        types,
+        ttft=ttft,
+        tpot=tpot,
+        percentile=None if mean else percentile,
+        policy=policy,
+        classes=classes,
+        interval=interval,
+        prices=prices,
+        max_gpus=max_gpus,
+        seed=seed,
+    )
+    try:
+        if csv is not None:
+            found.intervals.to_csv(csv)
+        if figure is not None:
+            found.plot().savefig(figure)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot write {error}") from None
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(terminal(), found)
+
+
+def gpu_types(
+    named: list[str] | None, template: Path | None, batch_size: int | None, chunk_size: int | None
+) -> tuple[list[GPU], TokenPrices | None]:
+    """The GPU types, and what a token earns where a scenario says so."""
+    from fluidopt.reference import reference_model
+    from fluidopt.scenario import read_scenario
+
+    if named:
+        if template is not None:
+            raise InvalidInput("--gpu and --with both name the GPU types; give one of them")
+        return [_known(each, batch_size or BATCH, chunk_size or CHUNK) for each in named], None
+    scenario = read_scenario(template) if template is not None else reference_model().scenario
+    sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    types = [replace(each, operating_modes=None, share=1.0, **given) for each in scenario.gpu_types]  # type: ignore[arg-type]
+    return types, scenario.prices
+
+
+def _known(named: str, batch_size: int, chunk_size: int) -> GPU:
+    """A GPU by its name, with the price behind the equals sign."""
+    from fluidopt.data.gpus import known_gpu
+
+    name, separator, price = named.partition("=")
+    try:
+        hourly = float(price) if separator else None
+    except ValueError:
+        raise InvalidInput(f"--gpu must be a name, or name=price per hour; got {named!r}") from None
+    return known_gpu(name, batch_size=batch_size, chunk_size=chunk_size, hourly_price=hourly)
+
+
+def _show(console: Console, found: TraceSize) -> None:
+    intervals = found.intervals.set_index("start")[["requests", "request_rate", "prompt_rate", "output_rate", "gpus"]]
+    intervals.columns = ["requests", "requests/s", "prompt tokens/s", "output tokens/s", "GPUs"]
+    intervals.index = [f"{start:g}" for start in intervals.index]
+    print_table(console, "Fluid GPUs, as if the rates of an interval lasted", intervals, first="from, s")
+    frame = found.to_frame()
+    columns = {"least_gpus": "at least", "gpus": "replayed", "share": "meet both"}
+    if len(found.types) > 1:
+        columns |= {"least_cost": "at least/h", "cost": "replayed/h"}
+    else:
+        columns = {
+            "fluid_gpus": "fluid",
+            "bound_gpus": "bound",
+            **columns,
+            "mean_ttft": "TTFT, s",
+            "mean_tpot": "TPOT, s",
+        }
+    frame = frame[list(columns)].rename(columns=columns)
+    print_table(console, f"GPUs for {found.promise}", frame, first="GPU")
+    tried = ", ".join(f"{each.gpus}: {each.share:.1%}" for each in found.best.outcomes if each.share == each.share)
+    console.print(found.statement, width=prose())
+    print_sentence(console, "Requests that meet both, by GPUs: ", tried)
+    console.print()
+    print_sentence(console, "", found.caption)
