@@ -42,11 +42,17 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {
+    "Chunk": "float",
+    "Curve": "IterationTime | LinearTime | TabulatedTime",
+    "Fitted": "IterationTime | LinearTime | TabulatedTime",
     "Name": "str",
     "NonNegative": "float",
     "NonNegativeInt": "int",
     "Positive": "float",
     "PositiveInt": "int",
+    "Seconds": "float",
+    "Slope": "float",
+    "Tokens": "float",
 }
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

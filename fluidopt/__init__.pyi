@@ -1,7 +1,8 @@
 from .calibration import IterationTimeFit, fit_iteration_time, plot_fit, read_curves, read_iteration_times
 from .chain import ChainResult, OptimalPolicy, exact_chain, optimal_policy
 from .contention import GPU, ContentionCurve, IterationTime, Mode
-from .data import azure_2023
+from .curves import CurveGrid, Kink, LinearTime, TabulatedTime
+from .data import azure_2023, known_gpu, known_gpus
 from .errors import (
     ContentionWarning,
     FluidoptError,
@@ -51,7 +52,10 @@ from .studies.robustness import (
     standard_disturbances,
     threshold_policy,
 )
+from .studies.schedule import Schedule, plan_schedule
 from .studies.sizing import FleetSize, size_fleet
+from .studies.trace_bound import Promise, TraceBound, trace_bound
+from .studies.trace_sizing import TraceSize, size_trace
 from .traces import Classification, Trace, classify, read_trace
 from .traces.figure import plot_trace
 from .workload import TokenPrices, Workload, WorkloadClass
@@ -70,6 +74,7 @@ __all__ = [
     "ContentionWarning",
     "Controller",
     "ConvergenceStudy",
+    "CurveGrid",
     "DecodeFairness",
     "Disturbance",
     "Engine",
@@ -90,8 +95,10 @@ __all__ = [
     "IterationTimeFit",
     "KVMemory",
     "KVTransfer",
+    "Kink",
     "Law",
     "Laws",
+    "LinearTime",
     "MeanTPOT",
     "MeanTTFT",
     "MeanWait",
@@ -103,12 +110,14 @@ __all__ = [
     "PolicyComparison",
     "PolicyStudy",
     "PrefillFairness",
+    "Promise",
     "Refinement",
     "Replay",
     "Resolved",
     "ResolvedMany",
     "RobustnessStudy",
     "Scenario",
+    "Schedule",
     "SimulationResult",
     "Sinusoidal",
     "SlotTPOT",
@@ -119,9 +128,12 @@ __all__ = [
     "StartPrefill",
     "Steady",
     "Stepwise",
+    "TabulatedTime",
     "TokenPrices",
     "Trace",
+    "TraceBound",
     "TraceFormatError",
+    "TraceSize",
     "Workload",
     "WorkloadClass",
     "__version__",
@@ -135,8 +147,11 @@ __all__ = [
     "fit_iteration_time",
     "fit_step_overhead",
     "fluid_trajectory",
+    "known_gpu",
+    "known_gpus",
     "optimal_policy",
     "optimum_study",
+    "plan_schedule",
     "plot_convergence",
     "plot_fit",
     "plot_plan",
@@ -157,8 +172,10 @@ __all__ = [
     "revenue_bound",
     "robustness_study",
     "size_fleet",
+    "size_trace",
     "standard_disturbances",
     "threshold_policy",
+    "trace_bound",
 ]
 
 __version__: str

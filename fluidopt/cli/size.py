@@ -41,6 +41,9 @@ def size(
     policy: Annotated[str, typer.Option(help="engine, or a kind of policy such as gate-and-route.")] = "engine",
     interval: Annotated[float, typer.Option(help="Length of the table's intervals, s.")] = 300.0,
     classes: Classes = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the KV cache of a GPU holds (default: any).")
+    ] = None,
     max_gpus: Annotated[int | None, typer.Option(help="The most GPUs that are tried.")] = None,
     seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option(help="Write the intervals there.")] = None,
@@ -70,6 +73,7 @@ def size(
         classes=classes,
         interval=interval,
         prices=prices,
+        kv_tokens=kv_tokens,
         max_gpus=max_gpus,
         seed=seed,
     )
@@ -126,13 +130,7 @@ def _show(console: Console, found: TraceSize) -> None:
     if len(found.types) > 1:
         columns |= {"least_cost": "at least/h", "cost": "replayed/h"}
     else:
-        columns = {
-            "fluid_gpus": "fluid",
-            "bound_gpus": "bound",
-            **columns,
-            "mean_ttft": "TTFT, s",
-            "mean_tpot": "TPOT, s",
-        }
+        columns |= {"mean_ttft": "TTFT, s", "mean_tpot": "TPOT, s"}
     frame = frame[list(columns)].rename(columns=columns)
     print_table(console, f"GPUs for {found.promise}", frame, first="GPU")
     tried = ", ".join(f"{each.gpus}: {each.share:.1%}" for each in found.best.outcomes if each.share == each.share)
