@@ -45,6 +45,7 @@ from .studies.classes import ClassStudy, class_study
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
 from .studies.optimum import OptimumStudy, optimum_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
+from .studies.replays import ReplayStudy, plot_replays, replay_study
 from .studies.robustness import (
     Disturbance,
     RobustnessStudy,
@@ -113,6 +114,7 @@ __all__ = [
     "Promise",
     "Refinement",
     "Replay",
+    "ReplayStudy",
     "Resolved",
     "ResolvedMany",
     "RobustnessStudy",
@@ -156,6 +158,7 @@ __all__ = [
     "plot_fit",
     "plot_plan",
     "plot_policy_study",
+    "plot_replays",
     "plot_result",
     "plot_summary",
     "plot_trace",
@@ -169,6 +172,7 @@ __all__ = [
     "reference_model",
     "refine_policy",
     "replay",
+    "replay_study",
     "revenue_bound",
     "robustness_study",
     "size_fleet",

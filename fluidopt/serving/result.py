@@ -137,9 +137,10 @@ class Replay:
 
     # ---- the fleet --------------------------------------------------------------------------------------------
 
-    def _earned(self) -> Array:
-        """What each request has earned in full, money, (N,): prompts and decode iterations that were done."""
-        assert self.prices is not None
+    def earned(self) -> Array:
+        """What each request has earned in full, money, (N,): prompts and decode iterations done; NaN without prices."""
+        if self.prices is None:
+            return np.full(len(self.trace), np.nan)
         bundled = not isinstance(self.fleet, Policy) or self.fleet.scenario.charging == "bundled"
         prompt = self.prices.prompt * self.trace.prompt_tokens
         output = self.prices.output * (self.trace.output_tokens - 1)
@@ -149,7 +150,7 @@ class Replay:
     @property
     def revenue(self) -> float:
         """Money earned by all that was served, NaN without prices; decode iterations count, as in the model."""
-        return float(self._earned().sum()) if self.prices is not None else float("nan")
+        return float(self.earned().sum())
 
     @property
     def revenue_rate(self) -> float:
@@ -158,7 +159,7 @@ class Replay:
             return float("nan")
         duration = self.trace.duration
         within = self.finished <= duration
-        return float(self._earned()[within].sum() / (duration * self.gpu_count))
+        return float(self.earned()[within].sum() / (duration * self.gpu_count))
 
     @property
     def throughput(self) -> float:
