@@ -168,3 +168,35 @@ def test_rows_with_mistakes_are_found(scenario, tmp_path):
 
 def test_the_schema_is_json_schema(tmp_path):
     assert json.loads(run("schema", cwd=tmp_path).stdout)["title"] == "fluidopt scenario"
+
+
+def test_replay_prints_latencies_by_policy_and_writes_every_request(tmp_path):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    limits = ["--gpus", "2", "--ttft", "2", "--tpot", "0.05"]
+    done = run("replay", "trace.csv", *limits, "--policy", "engine", "--policy", "FI-WSP", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("TTFT, s", "TPOT, s", "end to end, s", "met", "FI-WSP for 2 GPUs", "60 requests on 2 engines"):
+        assert part in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    done = run("replay", "trace.csv", *limits, "--csv", "times.csv", "--json", cwd=tmp_path)
+    data = json.loads(done.stdout)["engine"]
+    assert data["summary"]["completed"] == 60
+    assert 0 <= data["attainment"]["share"] <= 1
+    assert len((tmp_path / "times.csv").read_text().splitlines()) == 61
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kv-tokens", "3"], "--kv-tokens must be at least 16"),
+        (["--policy", "engine", "--policy", "FI-WSP", "--csv", "t.csv"], "--csv goes with one --policy"),
+        (["--ttft", "-1"], "ttft must be a positive number"),
+        (["--policy", "best"], "kind must be one of"),
+        (["--gpu", "abacus"], "name must be one of"),
+    ],
+)
+def test_replay_names_what_is_wrong(tmp_path, words, message):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    done = run("replay", "trace.csv", "--gpus", "2", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr

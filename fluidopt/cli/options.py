@@ -11,8 +11,10 @@ import typer
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from fluidopt.contention import GPU
     from fluidopt.model import FluidModel
     from fluidopt.scenario import Scenario
+    from fluidopt.workload import TokenPrices
 
 Inputs = Annotated[
     list[Path],
@@ -43,6 +45,10 @@ Kinds = Annotated[
 Replications = Annotated[int, typer.Option(help="Independent replications, at least 2.")]
 Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.")]
 Figure = Annotated[Path | None, typer.Option(help="Write a figure there (.png, .svg or .pdf).")]
+
+
+# Of a GPU named on the command line, where nothing else is said: common settings of engines.
+BATCH, CHUNK = 64, 512
 
 
 def read_model(
@@ -91,3 +97,35 @@ def _is_scenario(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True  # read_scenario says what is wrong with it
     return isinstance(data, dict) and not {"classes", "gpu", "prices"}.isdisjoint(data)
+
+
+def gpu_types(
+    named: list[str] | None, template: Path | None, batch_size: int | None, chunk_size: int | None
+) -> tuple[list[GPU], TokenPrices | None]:
+    """The GPU types of --gpu or --with, and what a token earns where a scenario says so."""
+    from dataclasses import replace
+
+    from fluidopt.reference import reference_model
+    from fluidopt.scenario import read_scenario
+
+    if named:
+        if template is not None:
+            raise InvalidInput("--gpu and --with both name the GPU types; give one of them")
+        return [_known(each, batch_size or BATCH, chunk_size or CHUNK) for each in named], None
+    scenario = read_scenario(template) if template is not None else reference_model().scenario
+    sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    types = [replace(each, operating_modes=None, share=1.0, **given) for each in scenario.gpu_types]  # type: ignore[arg-type]
+    return types, scenario.prices
+
+
+def _known(named: str, batch_size: int, chunk_size: int) -> GPU:
+    """A GPU by its name, with the price behind the equals sign."""
+    from fluidopt.data.gpus import known_gpu
+
+    name, separator, price = named.partition("=")
+    try:
+        hourly = float(price) if separator else None
+    except ValueError:
+        raise InvalidInput(f"--gpu must be a name, or name=price per hour; got {named!r}") from None
+    return known_gpu(name, batch_size=batch_size, chunk_size=chunk_size, hourly_price=hourly)

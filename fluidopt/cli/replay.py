@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import Classes, Json, Patience, Seed, Template
+from fluidopt.cli.options import Classes, Json, Patience, Seed, Template, gpu_types
 from fluidopt.cli.output import frame_data, print_json, print_sentence, print_table, terminal
 from fluidopt.errors import InvalidInput
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fluidopt.workload import TokenPrices
 
 ENGINE = "engine"
+BLOCK = 16
 SHOWN = {"ttft": "TTFT, s", "tpot": "TPOT, s", "e2e": "end to end, s"}
 
 
@@ -47,12 +48,13 @@ def replay(
 
     Example: fluidopt replay trace.csv --gpus 4 --ttft 2 --tpot 0.05
     """
-    from fluidopt.cli.size import gpu_types
     from fluidopt.traces import classify, read_trace
 
     kinds = list(dict.fromkeys(policy or [ENGINE]))
     if csv is not None and len(kinds) > 1:
         raise InvalidInput(f"--csv goes with one --policy; got {len(kinds)}")
+    if kv_tokens is not None and kv_tokens < BLOCK:
+        raise InvalidInput(f"--kv-tokens must be at least {BLOCK}, one block of the KV cache; got {kv_tokens}")
     types, prices = gpu_types([gpu] if gpu else None, template, batch_size, chunk_size)
     if len(types) > 1:
         raise InvalidInput(f"replay: the scenario has {len(types)} GPU types; give one, or use --gpu")
@@ -86,7 +88,7 @@ def _replayed(
     from fluidopt.workload import TokenPrices
 
     if found is None or kind == ENGINE:
-        blocks = None if kv_tokens is None else kv_tokens // 16 + 1  # an engine keeps one block empty
+        blocks = None if kv_tokens is None else kv_tokens // BLOCK + 1  # an engine keeps one block empty
         return replay(trace, EngineFleet.like(gpu, gpus=gpus, kv_blocks=blocks), prices=prices, seed=seed)
     earned = prices or TokenPrices(prompt=1.0, output=1.0)
     plan = FluidModel(found.workload.per_gpu(gpus), gpu, prices=earned).solve()

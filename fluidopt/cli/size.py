@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import Classes, Figure, Json, Seed, Template
+from fluidopt.cli.options import Classes, Figure, Json, Seed, Template, gpu_types
 from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fluidopt.contention import GPU
     from fluidopt.studies.trace_sizing import TraceSize
-    from fluidopt.workload import TokenPrices
-
-# Of a GPU named on the command line, where nothing else is said: common settings of engines.
-BATCH, CHUNK = 64, 512
 
 Types = Annotated[
     list[str] | None,
@@ -88,36 +82,6 @@ def size(
         print_json(found.to_dict())
         return
     _show(terminal(), found)
-
-
-def gpu_types(
-    named: list[str] | None, template: Path | None, batch_size: int | None, chunk_size: int | None
-) -> tuple[list[GPU], TokenPrices | None]:
-    """The GPU types, and what a token earns where a scenario says so."""
-    from fluidopt.reference import reference_model
-    from fluidopt.scenario import read_scenario
-
-    if named:
-        if template is not None:
-            raise InvalidInput("--gpu and --with both name the GPU types; give one of them")
-        return [_known(each, batch_size or BATCH, chunk_size or CHUNK) for each in named], None
-    scenario = read_scenario(template) if template is not None else reference_model().scenario
-    sizes = {"batch_size": batch_size, "chunk_size": chunk_size}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    types = [replace(each, operating_modes=None, share=1.0, **given) for each in scenario.gpu_types]  # type: ignore[arg-type]
-    return types, scenario.prices
-
-
-def _known(named: str, batch_size: int, chunk_size: int) -> GPU:
-    """A GPU by its name, with the price behind the equals sign."""
-    from fluidopt.data.gpus import known_gpu
-
-    name, separator, price = named.partition("=")
-    try:
-        hourly = float(price) if separator else None
-    except ValueError:
-        raise InvalidInput(f"--gpu must be a name, or name=price per hour; got {named!r}") from None
-    return known_gpu(name, batch_size=batch_size, chunk_size=chunk_size, hourly_price=hourly)
 
 
 def _show(console: Console, found: TraceSize) -> None:
