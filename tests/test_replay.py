@@ -16,6 +16,7 @@ from small_fleets import small_policy
 import fluidopt as fo
 from fluidopt.chain import exact_chain
 from fluidopt.curves import CurveGrid, TabulatedTime
+from fluidopt.policy import Gate
 from fluidopt.policy.extract import RULES
 from fluidopt.serving import Engine, EngineFleet, fit_step_overhead, read_engine, replay
 from fluidopt.serving.clock import endurance, flatten, growth, walk
@@ -345,6 +346,39 @@ def test_latencies_attainment_and_revenue_by_hand():
     assert result.to_frame()["class"].tolist() == ["class 0", "class 1"]
 
 
+def test_separate_charging_pays_a_prompt_when_it_is_done():
+    trace, of = azure_like(3000)
+    bundled = planned(trace, of, 2)
+    separate = replace(bundled, scenario=replace(bundled.scenario, charging="separate"))
+    one, other = (replay(trace, policy, classes=of) for policy in (bundled, separate))
+    np.testing.assert_array_equal(one.finished, other.finished)
+    until = trace.duration
+    prompts = 0.1 * trace.prompt_tokens[other.first_token <= until].sum()
+    outputs = 0.2 * (trace.output_tokens - 1)[other.finished <= until].sum()
+    assert other.revenue_rate == pytest.approx((prompts + outputs) / until / 2)
+    assert other.revenue_rate > one.revenue_rate
+    assert other.revenue > one.revenue
+
+
+def test_a_class_held_back_for_ever_did_not_give_up():
+    trace, of = azure_like(200)
+    policy = planned(trace, of, 2)
+    held = replace(policy, kind="thresholds", gate=Gate(rule="priority", hold={"class 0": 1e9}))
+    result = replay(trace, held, classes=of, patience=False)
+    np.testing.assert_array_equal(result.unserved, of == 0)
+    assert not result.abandoned.any()
+    assert f"{(of == 0).sum()} never taken up" in result.caption
+
+
+def test_a_request_is_refused_only_where_it_may_not_fit():
+    trace, of = azure_like(300)
+    policy = planned(trace, of, 4)
+    alone = Trace(np.zeros(2), np.array([32, 32]), np.array([1, 2]))
+    result = replay(alone, policy, classes=np.zeros(2, dtype=int), kv_tokens=32)
+    assert result.refused.tolist() == [False, True]
+    assert np.isnan(result.summary()["revenue_rate"])  # at one instant there is no rate
+
+
 @cache
 def two_class_case():
     trace, of = azure_like(50)
@@ -356,8 +390,9 @@ def replay_policy(**changes):
     return replay(trace, policy, **({"classes": np.zeros(len(trace), dtype=int)} | changes))
 
 
-def replay_engine(**changes):
-    return replay(two_class_case()[0], EngineFleet.like(reference_gpu()), **changes)
+def replay_engine(*, engine=None, **changes):
+    fleet = EngineFleet.like(reference_gpu())
+    return replay(two_class_case()[0], fleet if engine is None else replace(fleet, engine=engine), **changes)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +404,11 @@ def replay_engine(**changes):
         (lambda: replay_policy(classes=np.zeros(3, dtype=int)), "class numbers from 0 to 1; got shape"),
         (lambda: replay_policy(classes=np.full(50, 2)), "class numbers from 0 to 1"),
         (lambda: replay_policy(seed=-1), "seed must be a whole number"),
-        (lambda: replay_policy(kv_tokens=0), "kv_tokens must be a whole"),
+        (lambda: replay_policy(kv_tokens=15), "kv_tokens must be a whole number of at least 16"),
+        (lambda: replay_policy(patience="no"), "patience must be True or False"),
+        (lambda: replay_policy(prices=3.0), "prices must be TokenPrices"),
+        (lambda: replay_policy(classes=classify(two_class_case()[0], 3)), "the Classification that the policy's"),
+        (lambda: replay_engine(engine=Engine(max_num_seqs=10**9, max_num_batched_tokens=10**9)), "GiB of memory"),
         (lambda: replay_policy(kv_tokens={"a": 5}), "not a GPU type"),
         (lambda: replay_engine(kv_tokens=5), "go with a policy"),
         (lambda: replay_engine().attainment(), "give ttft, tpot or both"),

@@ -44,7 +44,7 @@ class Engine:
     finished requests free, one iteration later."""
     cuda_graph_sizes: tuple[PositiveInt, ...] | None = None
     """Batch sizes that decode-only iterations are rounded up to; none for vLLM's own (1, 2, 4, multiples of 8 to 256,
-    of 16 to 512, as far as twice ``max_num_seqs``), empty for no rounding."""
+    of 16 to 512, as far as twice ``max_num_seqs`` and ``max_num_batched_tokens``), empty for no rounding."""
     step_overhead: NonNegative = 0.0
     """Time that every iteration takes on top of its curve, s: scheduling, sampling, and what else a table of kernels
     leaves out."""
@@ -68,6 +68,7 @@ class Engine:
         sizes = self.cuda_graph_sizes
         if sizes is None:
             most = min(2 * self.max_num_seqs, 512)
+            most = min(most, self.max_num_batched_tokens)
             sizes = tuple(each for each in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if each <= most)
         batch = np.arange(self.max_num_seqs + 1)
         captured = np.array(sorted(sizes), dtype=np.int64)
@@ -142,6 +143,8 @@ class EngineFleet:
 
 
 Memory = int | Mapping[str, int] | None
+BLOCK = 16
+"""Tokens of a KV block in a policy's fleet."""
 
 
 def checked_tokens(value: Memory, types: list[str]) -> dict[str, int]:
@@ -150,8 +153,9 @@ def checked_tokens(value: Memory, types: list[str]) -> dict[str, int]:
     for name, tokens in given.items():
         if name not in types:
             raise InvalidInput(f"replay: kv_tokens names {name!r}, which is not a GPU type; there are {types}")
-        if tokens is not None and not is_whole(tokens, least=1):
+        if tokens is not None and not is_whole(tokens, least=BLOCK):
             raise InvalidInput(
-                f"replay: kv_tokens must be a whole number of at least 1, or one by GPU type; got {tokens!r}"
+                f"replay: kv_tokens must be a whole number of at least {BLOCK}, one block of the KV cache, or one by "
+                f"GPU type; got {tokens!r}"
             )
     return {name: int(given.get(name) or 0) for name in types}

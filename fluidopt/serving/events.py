@@ -29,6 +29,7 @@ from fluidopt.simulation.system import FloatArray, IntArray
 
 GATE, ROUND_ROBIN, LEAST_REQUESTS = 0, 1, 2  # who sends requests to GPUs
 DONE, PAUSED = 0, 1  # why advance returned
+NOT_YET, GAVE_UP = -1.0, -2.0  # in place of a time
 
 CLASS = record(f8="slope base queue_target hold")
 # takes: a prefill takes a decode slot; chunk: prefill tokens of an iteration, 0 for what the budget leaves beside the
@@ -53,13 +54,12 @@ GPU = record(
 )
 REQUEST = record(
     f8="arrival patience started first finished",
-    i8="pushed ends",
-    i4="prompt output kind computed target generated next previous tag gpu order blocks cached whole preemptions "
-    "recomputed",
+    i8="pushed ends order recomputed",
+    i4="prompt output kind computed target generated next previous tag gpu blocks cached whole preemptions",
 )
 LINE = record(i4="head tail")
 TALLY = record(i8="prefilling")
-WAITING = record(i8="count abandoned")
+WAITING = record(i8="count")
 SCALARS = record(i8="arrival idle slack queued patient fcfs gate_first order mode turn events served")
 
 
@@ -91,7 +91,7 @@ class State(NamedTuple):
     load_place: IntArray
     deadline: FloatArray  # (N,) at which waiting requests give up
     deadline_order: IntArray
-    deadline_place: IntArray  # -1 for those that do not
+    deadline_place: IntArray
     free_members: IntArray
     free_size: IntArray
     idle_members: IntArray
@@ -268,15 +268,11 @@ def _left_of(role: Any, popped: int, request: Any) -> int:
 
 
 @compiled
-def _reclaim(state: State, gpu: Any, request: Any, count: int) -> None:
-    """Take back ``count`` of the blocks that a preempted request has left, from amid the free ones."""
-    last = request.pushed + request.cached
-    r = gpu.head
-    while r >= 0 and state.requests[r].preemptions > 0:
-        other = state.requests[r]
-        if other.cached > 0 and other.pushed >= last:
-            other.pushed -= count
-        r = other.next
+def _reclaim(gpu: Any, request: Any, count: int) -> None:
+    """Take back ``count`` of the blocks that a preempted request has left, from amid the free ones.
+
+    The last one preempted comes first, so no other preempted request's blocks were freed after these.
+    """
     gpu.pushed -= count
     request.blocks = count
     request.cached = 0
@@ -490,7 +486,9 @@ def _seat_joining(fleet: Fleet, state: State, g: int) -> None:
         following = request.next
         if role.blocks > 0 and request.blocks == 0:
             need = _blocks(request.computed, role.block)
-            full = full or need > gpu.pushed - gpu.popped
+            # beside the blocks that it and the running decodes take in this iteration
+            now = state.residues[g, -gpu.steps % role.block] + (request.computed % role.block == 0)
+            full = full or need > gpu.pushed - gpu.popped - now
             if not full:
                 gpu.popped += need
                 request.blocks = need
@@ -567,7 +565,7 @@ def _compose(fleet: Fleet, state: State, curves: Curves, g: int, now: float) -> 
                 break
             gpu.head = request.next
             if kept > 0:
-                _reclaim(state, gpu, request, kept)
+                _reclaim(gpu, request, kept)
             request.cached = 0
             gpu.popped += need - kept
             request.blocks = need
@@ -626,9 +624,15 @@ def _set_stretch(fleet: Fleet, state: State, curves: Curves, g: int, preempted: 
         elif gpu.partial < 0:
             k = min(k, endurance(state.residues[g], role.block, gpu.batch, gpu.steps, free))
         else:
-            need = growth(state.residues[g], role.block, gpu.batch, gpu.steps, k)
-            if need + _blocks(k * gpu.take, role.block) + 1 > free:
-                k = 1
+            # The most iterations whose blocks are there, by halving; a prompt needs one more than its tokens at most.
+            none, k = k + 1, 1
+            while none - k > 1:
+                middle = (k + none) >> 1
+                need = growth(state.residues[g], role.block, gpu.batch, gpu.steps, middle)
+                if need + _blocks(middle * gpu.take, role.block) + 1 > free:
+                    none = middle
+                else:
+                    k = middle
     gpu.planned = k
     _, time = walk(curves, role.curve, gpu.chunk, _decodes(fleet, gpu), _mean_kv(gpu), role.overhead, k, np.inf)
     _set_due(state, g, now + time)
@@ -732,7 +736,7 @@ def advance(fleet: Fleet, state: State, curves: Curves, rng: np.random.Generator
         else:
             r = state.deadline_order[0]
             tag = _leave(fleet, state, r, now)
-            state.waiting[tag].abandoned += 1
+            state.requests[r].finished = GAVE_UP
             if tag >= fleet.classes.size:
                 scalars.slack += 1
                 _gate(fleet, state, curves, rng, now)

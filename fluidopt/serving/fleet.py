@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from fluidopt.errors import InvalidInput
 from fluidopt.policy.rules import Policy
 from fluidopt.serving.clock import Curves, flatten
-from fluidopt.serving.engine import EngineFleet
+from fluidopt.serving.engine import BLOCK, EngineFleet
 from fluidopt.serving.events import (
     CLASS,
     GATE,
     GPU,
     LEAST_REQUESTS,
     LINE,
+    NOT_YET,
     REQUEST,
     ROLE,
     ROUND_ROBIN,
@@ -27,13 +28,29 @@ from fluidopt.serving.events import (
 from fluidopt.simulation.choices import NOBODY, list_gpu
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.system import FEWEST_DECODES, System
+from fluidopt.tables import shorten
 from fluidopt.traces.trace import Trace
 
 IntArray = NDArray[np.int64]
-BLOCK = 16
-"""Tokens of a KV block in a policy's fleet."""
+MOST_MEMORY = 8 << 30
+"""Bytes that the arrays of a replay may take."""
 MOST = 2**31 - 1
 """Prompts in one iteration of an engine: as many as there is room for."""
+
+
+def check_memory(*, gpus: int, cap: int, block: int, requests: int) -> None:
+    """Refuse a replay whose arrays would not fit into memory.
+
+    Raises:
+        InvalidInput: saying how much they need.
+    """
+    needed = gpus * (8 * cap + 8 * block + GPU.itemsize + 72) + requests * (REQUEST.itemsize + 24) + 40 * cap
+    if needed > MOST_MEMORY:
+        raise InvalidInput(
+            f"replay: {requests:,} requests on {gpus:,} GPUs of up to {cap:,} requests each need "
+            f"{needed / 2**30:,.0f} GiB of memory, more than {MOST_MEMORY >> 30}; give fewer GPUs, smaller batches, or "
+            "a part of the trace (trace.window)"
+        )
 
 
 def policy_fleet(policy: Policy, kv_tokens: dict[str, int]) -> tuple[Fleet, Curves, System]:
@@ -102,7 +119,7 @@ def build_state(
     )
     requests["kind"], requests["target"], requests["patience"] = kind, trace.prompt_tokens, patience
     for name in ("started", "first", "finished"):
-        requests[name] = -1.0
+        requests[name] = NOT_YET
     requests["gpu"] = requests["next"] = requests["previous"] = NOBODY
     requests["output"][_too_long(roles, role_gpus, trace)] = 0
     gpus = np.zeros(n, dtype=GPU)
@@ -152,12 +169,14 @@ def build_state(
 
 
 def _too_long(roles: NDArray[np.void], role_gpus: IntArray, trace: Trace) -> NDArray[np.bool_]:
-    """Requests whose tokens fit into the memory of no GPU, or not of every GPU that may have to hold them."""
-    limited = (roles["blocks"] > 0) & (role_gpus > 0)
-    if not limited.any():
-        return np.zeros(len(trace), dtype=bool)
-    tokens = (roles["blocks"] * roles["block"])[limited].min()
-    too_long: NDArray[np.bool_] = trace.prompt_tokens + trace.output_tokens > tokens
+    """Requests that do not fit into the memory of every GPU that they may be sent to; one of these would wait for ever.
+
+    A GPU that prefills holds the prompt, one that decodes all tokens but the last, which is never read.
+    """
+    too_long = np.zeros(len(trace), dtype=bool)
+    for role in roles[(roles["blocks"] > 0) & (role_gpus > 0)]:
+        held = trace.prompt_tokens + (trace.output_tokens - 1 if role["decode_slots"] > 0 else 0)
+        too_long |= held > role["blocks"] * role["block"]
     return too_long
 
 
@@ -169,6 +188,12 @@ def kinds(policy: Policy, trace: Trace, classes: object) -> IntArray:
             labels do not tell.
     """
     names = [each.name for each in policy.scenario.classes]
+    found = getattr(getattr(classes, "workload", None), "names", None)
+    if found is not None and list(found) != names:
+        raise InvalidInput(
+            f"replay: classes must be the Classification that the policy's workload was made from; it has the classes "
+            f"{shorten(list(found))}, the policy {shorten(names)}"
+        )
     if classes is not None:
         kind = np.asarray(getattr(classes, "assignment", classes))
         if kind.shape != (len(trace),) or kind.dtype.kind not in "iu" or not np.all((kind >= 0) & (kind < len(names))):

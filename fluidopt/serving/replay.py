@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_whole
 from fluidopt.policy.rules import Policy
-from fluidopt.serving.engine import EngineFleet, Memory, checked_tokens
-from fluidopt.serving.events import DONE, State, advance
-from fluidopt.serving.fleet import build_state, engine_fleet, kinds, policy_fleet
+from fluidopt.serving.engine import BLOCK, EngineFleet, Memory, checked_tokens
+from fluidopt.serving.events import DONE, GAVE_UP, State, advance
+from fluidopt.serving.fleet import build_state, check_memory, engine_fleet, kinds, policy_fleet
 from fluidopt.serving.result import Replay
 from fluidopt.traces.classify import Classification
 from fluidopt.traces.trace import Trace
@@ -49,7 +49,7 @@ def replay(
         classes: for a policy, the class of each request: the `Classification` its workload came from, or class numbers,
             (N,); not needed where the trace's labels are the names of the classes, or there is one class.
         kv_tokens: for a policy, tokens that a GPU's KV cache holds, or one by GPU type; none for no limit. Engines have
-            their own ``kv_blocks``. Requests that fit on no GPU are refused.
+            their own ``kv_blocks``. A request is refused if it does not fit on every GPU that it may be sent to.
         patience: for a policy, whether requests give up waiting after an exponential time with the rate of their class
             (a rate of 0 never does).
         prices: what tokens earn; by default the policy's.
@@ -62,11 +62,17 @@ def replay(
         raise InvalidInput(f"replay: trace must be a Trace; got {type(trace).__name__} (read one with fo.read_trace)")
     if not is_whole(seed, least=0):
         raise InvalidInput(f"replay: seed must be a whole number of at least 0; got {seed!r}")
+    if not isinstance(patience, bool):
+        raise InvalidInput(f"replay: patience must be True or False; got {patience!r}")
+    if prices is not None and not isinstance(prices, TokenPrices):
+        raise InvalidInput(f"replay: prices must be TokenPrices(prompt=..., output=...); got {prices!r}")
     ours, theirs = np.random.default_rng(seed).spawn(2)
     never = np.full(len(trace), np.inf)
     if isinstance(fleet, Policy):
         limits = checked_tokens(kv_tokens, [gpu.name for gpu in fleet.scenario.gpu_types])
         kind = kinds(fleet, trace, classes)
+        most = max(role.slots for role in fleet.roles)
+        check_memory(gpus=fleet.gpus, cap=most, block=BLOCK, requests=len(trace))
         arrays, curves, system = policy_fleet(fleet, limits)
         if patience:
             rate = fleet.scenario.workload.abandonment_rate[kind]
@@ -80,6 +86,8 @@ def replay(
                 "replay: classes and kv_tokens go with a policy; an engine has kv_blocks in its settings"
             )
         kind = np.zeros(len(trace), dtype=np.int64)
+        engine = fleet.engine
+        check_memory(gpus=fleet.gpus, cap=engine.max_num_seqs, block=engine.block_size, requests=len(trace))
         arrays, curves = engine_fleet(fleet)
         state = build_state(arrays, np.array([fleet.gpus]), trace, kind, never, dispatch=fleet.dispatch)
         names = np.array(["engine"])
@@ -112,7 +120,7 @@ def _measured(
         first_token=times("first"),
         finished=times("finished"),
         refused=refused,
-        abandoned=(requests["finished"] < 0) & ~refused,
+        abandoned=requests["finished"] == GAVE_UP,
         preemptions=requests["preemptions"].astype(np.int64),
         recomputed_tokens=requests["recomputed"].astype(np.int64),
         gpu=requests["gpu"].astype(np.int64),

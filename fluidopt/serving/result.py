@@ -58,7 +58,7 @@ class Replay:
     finished: Array
     """When the last token came out, s, (N,); NaN where it never did."""
     refused: NDArray[np.bool_]
-    """Requests whose tokens fit into the memory of no GPU, (N,)."""
+    """Requests too long for the memory of a GPU that they might have been sent to, (N,)."""
     abandoned: NDArray[np.bool_]
     """Requests that gave up waiting, (N,)."""
     preemptions: NDArray[np.int64]
@@ -104,6 +104,12 @@ class Replay:
         return np.isfinite(self.finished)
 
     @property
+    def unserved(self) -> NDArray[np.bool_]:
+        """Requests that nobody ever took up and that did not give up, (N,): a policy may hold a class back for ever."""
+        unserved: NDArray[np.bool_] = ~(self.completed | self.abandoned | self.refused)
+        return unserved
+
+    @property
     def gpu_count(self) -> int:
         """GPUs in the fleet."""
         return self.fleet.gpus
@@ -137,15 +143,17 @@ class Replay:
 
     # ---- the fleet --------------------------------------------------------------------------------------------
 
-    def earned(self) -> Array:
-        """What each request has earned in full, money, (N,): prompts and decode iterations done; NaN without prices."""
+    def earned(self, until: float = np.inf) -> Array:
+        """What each request has earned by a time, money, (N,): prompts and decode iterations; NaN without prices.
+
+        Bundled charging, and engines, are paid when a request ends; separate charging also when its prompt is done.
+        """
         if self.prices is None:
             return np.full(len(self.trace), np.nan)
-        bundled = not isinstance(self.fleet, Policy) or self.fleet.scenario.charging == "bundled"
-        prompt = self.prices.prompt * self.trace.prompt_tokens
-        output = self.prices.output * (self.trace.output_tokens - 1)
-        paid_prompt = self.completed if bundled else np.isfinite(self.first_token)
-        return np.where(paid_prompt, prompt, 0.0) + np.where(self.completed, output, 0.0)
+        separate = isinstance(self.fleet, Policy) and self.fleet.scenario.charging == "separate"
+        prompt_paid = (self.first_token if separate else self.finished) <= until
+        prompt = self.prices.prompt * self.trace.prompt_tokens * prompt_paid
+        return prompt + self.prices.output * (self.trace.output_tokens - 1) * (self.finished <= until)
 
     @property
     def revenue(self) -> float:
@@ -154,12 +162,12 @@ class Replay:
 
     @property
     def revenue_rate(self) -> float:
-        """Money/s per GPU over the trace's duration, from the requests completed within it; NaN without prices."""
-        if self.prices is None:
+        """Money/s per GPU that was earned within the trace's duration; NaN without prices or a duration."""
+        try:
+            duration = self.trace.duration
+        except InvalidInput:  # all requests came at one instant
             return float("nan")
-        duration = self.trace.duration
-        within = self.finished <= duration
-        return float(self.earned()[within].sum() / (duration * self.gpu_count))
+        return float(self.earned(duration).sum() / (duration * self.gpu_count))
 
     @property
     def throughput(self) -> float:
@@ -258,6 +266,7 @@ class Replay:
             "completed": int(self.completed.sum()),
             "abandoned": int(self.abandoned.sum()),
             "refused": int(self.refused.sum()),
+            "unserved": int(self.unserved.sum()),
             "makespan_s": self.makespan,
             "throughput_requests_per_s": self.throughput,
             "output_tokens_per_s": float(self.trace.output_tokens[self.completed].sum() / self.makespan),
@@ -288,6 +297,8 @@ class Replay:
             text += f", {int(self.abandoned.sum()):,} gave up"
         if self.refused.any():
             text += f", {int(self.refused.sum()):,} refused for memory"
+        if self.unserved.any():
+            text += f", {int(self.unserved.sum()):,} never taken up"
         if np.isfinite(self.makespan):
             text += f" in {self.makespan:,.5g} s, GPUs busy {self.utilisation:.0%} of it"
         return text

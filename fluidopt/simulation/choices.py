@@ -145,6 +145,8 @@ def next_decode(fleet: Any, state: Any, rng: np.random.Generator, s: int) -> int
         if state.lines[first + i].head >= 0:
             total += fleet.weight[s, i]
     chosen: int = state.lines[count + s].head
+    if total == 0.0:
+        return chosen
     u = rng.random() * total
     for i in range(count):
         if state.lines[first + i].head >= 0:

@@ -90,7 +90,7 @@ def measure(result: Replay, *, windows: int, ttft: float | None = None, tpot: fl
             in_time &= ~(value > limit)
     assert result.prices is not None
     offered = result.prices.prompt * trace.prompt_tokens + result.prices.output * (trace.output_tokens - 1)
-    earned = np.where(result.finished <= duration, result.earned(), 0.0)
+    earned = result.earned(duration)
     requests = np.bincount(window, minlength=windows).astype(float)
     seconds = np.full(windows, duration * result.gpu_count / windows)
     worth = np.bincount(window, weights=offered, minlength=windows)
