@@ -41,10 +41,22 @@ from .simulation.result import SimulationResult
 from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
+from .studies.chunk_size import ChunkChoice, optimal_chunk
 from .studies.classes import ClassStudy, class_study
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
+from .studies.hardware import (
+    GPUComparison,
+    HardwareStudy,
+    HardwareUpgrades,
+    compare_gpus,
+    hardware_study,
+    hardware_upgrades,
+)
+from .studies.hardware_figures import plot_hardware, plot_landscape
 from .studies.optimum import OptimumStudy, optimum_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
+from .studies.price_search import ElasticDemand, OptimalPrices, elastic_demand, optimal_prices
+from .studies.prices import PriceCurve, PriceStudy, price_curve, price_study
 from .studies.replays import ReplayStudy, plot_replays, replay_study
 from .studies.robustness import (
     Disturbance,
@@ -68,6 +80,7 @@ __all__ = [
     "Bursty",
     "Certificate",
     "ChainResult",
+    "ChunkChoice",
     "ClassStudy",
     "Classification",
     "CompletionFloor",
@@ -78,6 +91,7 @@ __all__ = [
     "CurveGrid",
     "DecodeFairness",
     "Disturbance",
+    "ElasticDemand",
     "Engine",
     "EngineFleet",
     "EngineSettings",
@@ -88,6 +102,9 @@ __all__ = [
     "FluidState",
     "FluidTrajectory",
     "FluidoptError",
+    "GPUComparison",
+    "HardwareStudy",
+    "HardwareUpgrades",
     "InfeasibleModel",
     "InstanceOutcome",
     "InstanceRanges",
@@ -105,12 +122,15 @@ __all__ = [
     "MeanWait",
     "Mode",
     "OptimalPolicy",
+    "OptimalPrices",
     "OptimumStudy",
     "Plan",
     "Policy",
     "PolicyComparison",
     "PolicyStudy",
     "PrefillFairness",
+    "PriceCurve",
+    "PriceStudy",
     "Promise",
     "Refinement",
     "Replay",
@@ -142,20 +162,28 @@ __all__ = [
     "azure_2023",
     "class_study",
     "classify",
+    "compare_gpus",
     "compare_policies",
     "convergence_study",
+    "elastic_demand",
     "engine_settings",
     "exact_chain",
     "fit_iteration_time",
     "fit_step_overhead",
     "fluid_trajectory",
+    "hardware_study",
+    "hardware_upgrades",
     "known_gpu",
     "known_gpus",
+    "optimal_chunk",
     "optimal_policy",
+    "optimal_prices",
     "optimum_study",
     "plan_schedule",
     "plot_convergence",
     "plot_fit",
+    "plot_hardware",
+    "plot_landscape",
     "plot_plan",
     "plot_policy_study",
     "plot_replays",
@@ -164,6 +192,8 @@ __all__ = [
     "plot_trace",
     "plot_trajectory",
     "policy_study",
+    "price_curve",
+    "price_study",
     "read_curves",
     "read_engine",
     "read_iteration_times",
