@@ -44,6 +44,8 @@ from .solvers.warm import Resolved, ResolvedMany, Solver
 from .studies.chunk_size import ChunkChoice, optimal_chunk
 from .studies.classes import ClassStudy, class_study
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
+from .studies.frontier import Frontier, frontier
+from .studies.frontier_figure import plot_frontiers
 from .studies.hardware import (
     GPUComparison,
     HardwareStudy,
@@ -66,7 +68,11 @@ from .studies.robustness import (
     threshold_policy,
 )
 from .studies.schedule import Schedule, plan_schedule
+from .studies.sensitivity import ParameterSensitivity, Sensitivity, sensitivity
+from .studies.sensitivity_curve import SensitivityCurve, sensitivity_curve
+from .studies.sensitivity_global import GlobalSensitivity, global_sensitivity
 from .studies.sizing import FleetSize, size_fleet
+from .studies.sweep import sweep
 from .studies.trace_bound import Promise, TraceBound, trace_bound
 from .studies.trace_sizing import TraceSize, size_trace
 from .traces import Classification, Trace, classify, read_trace
@@ -102,7 +108,9 @@ __all__ = [
     "FluidState",
     "FluidTrajectory",
     "FluidoptError",
+    "Frontier",
     "GPUComparison",
+    "GlobalSensitivity",
     "HardwareStudy",
     "HardwareUpgrades",
     "InfeasibleModel",
@@ -124,6 +132,7 @@ __all__ = [
     "OptimalPolicy",
     "OptimalPrices",
     "OptimumStudy",
+    "ParameterSensitivity",
     "Plan",
     "Policy",
     "PolicyComparison",
@@ -140,6 +149,8 @@ __all__ = [
     "RobustnessStudy",
     "Scenario",
     "Schedule",
+    "Sensitivity",
+    "SensitivityCurve",
     "SimulationResult",
     "Sinusoidal",
     "SlotTPOT",
@@ -171,6 +182,8 @@ __all__ = [
     "fit_iteration_time",
     "fit_step_overhead",
     "fluid_trajectory",
+    "frontier",
+    "global_sensitivity",
     "hardware_study",
     "hardware_upgrades",
     "known_gpu",
@@ -182,6 +195,7 @@ __all__ = [
     "plan_schedule",
     "plot_convergence",
     "plot_fit",
+    "plot_frontiers",
     "plot_hardware",
     "plot_landscape",
     "plot_plan",
@@ -205,9 +219,12 @@ __all__ = [
     "replay_study",
     "revenue_bound",
     "robustness_study",
+    "sensitivity",
+    "sensitivity_curve",
     "size_fleet",
     "size_trace",
     "standard_disturbances",
+    "sweep",
     "threshold_policy",
     "trace_bound",
 ]

@@ -1,4 +1,4 @@
-"""The terminal: ``fluidopt demo | plan | simulate | engines | fit | size | replay | schema``.
+"""The terminal: ``fluidopt demo | plan | simulate | engines | fit | size | replay | sensitivity | schema``.
 
 Exit codes: 0 done; 2 bad input (arguments, scenario or trace file); 3 no plan satisfies the rows; 4 no certified
 answer. With ``--json`` standard output holds JSON and nothing else.
@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from fluidopt.cli import engines, fit, planning, replay, size
+from fluidopt.cli import engines, fit, planning, replay, sensitivity, size
 from fluidopt.errors import FluidoptError, InfeasibleModel, SolverFailure
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     fit.fit,
     size.size,
     replay.replay,
+    sensitivity.sensitivity,
     planning.schema,
 ):
     app.command()(command)
