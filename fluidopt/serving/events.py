@@ -5,9 +5,8 @@ iteration as vLLM's scheduler does: a token for every decode, then the prompt th
 first come first served, as long as the token budget, the cap on running requests and the KV cache allow; several
 prompts can share an iteration, and at most the last of them stays unfinished. Where the running requests need more
 blocks of KV than are free, the newest one is preempted: its blocks are freed, it goes back to the front of the engine's
-queue, and its tokens are computed again but for those blocks that nobody has taken meanwhile. Free blocks are taken in
-the order in which they were freed (a preempted request frees its last one first), so a counter of blocks freed and one
-of blocks taken tell which are left.
+queue, and its tokens are computed again, but for those blocks that nobody has taken meanwhile (see
+`fluidopt.serving.batch`).
 
 Between two boundaries at which anything changes an engine repeats one iteration, which `fluidopt.serving.clock` sums in
 one go; such a *stretch* is cut short where a request is sent to the GPU. So the cost follows requests, not tokens.
@@ -18,87 +17,17 @@ dispatcher that puts every arrival into the queue of an engine at once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from fluidopt.serving.batch import blocks_of, left_of, preempt, preempt_newest, put_back, reclaim, seat_joining, unseat
 from fluidopt.serving.clock import FOREVER, Curves, endurance, growth, walk
-from fluidopt.simulation.choices import NOBODY, best_line, line_of, list_gpu, next_decode, record, route, sift
+from fluidopt.serving.state import GATE, GAVE_UP, LEAST_REQUESTS, ROUND_ROBIN, Fleet, State
+from fluidopt.simulation.choices import NOBODY, best_line, line_of, link, list_gpu, next_decode, route, sift, unlink
 from fluidopt.simulation.kernel import compiled
-from fluidopt.simulation.system import FloatArray, IntArray
 
-GATE, ROUND_ROBIN, LEAST_REQUESTS = 0, 1, 2  # who sends requests to GPUs
 DONE, PAUSED = 0, 1  # why advance returned
-NOT_YET, GAVE_UP = -1.0, -2.0  # in place of a time
-
-CLASS = record(f8="slope base queue_target hold")
-# takes: a prefill takes a decode slot; chunk: prefill tokens of an iteration, 0 for what the budget leaves beside the
-# decodes; cap: requests in an iteration; prompts: of these, prompts; blocks: of KV, 0 without a limit; reuse: preempted
-# requests find blocks again; lag: arrivals are seen, and places freed, one iteration late; reserve: a prompt starts
-# only if all of it fits
-ROLE = record(
-    i8="first_gpu decode_slots slots prefills takes stays side curve chunk budget cap prompts blocks block reuse lag "
-    "reserve",
-    f8="overhead",
-)
-# since: boundary at which the stretch began; seen: arrivals until then are visible; steps: iterations done before it;
-# kv: tokens in the cache of the batch then; planned: iterations of the stretch; chunk: prompt tokens in each, of them
-# take of the unfinished prompt, partial; done: prompts that its only iteration completes; popped, pushed: blocks of KV
-# ever taken from the free ones, and ever put there; late, owed: requests that ended at the last boundary and their
-# blocks, which count as taken until the next
-GPU = record(
-    f8="since seen busy",
-    i8="steps kv planned popped pushed owed prefill_tokens decode_tokens most_blocks most_tokens",
-    i4="role decodes prefilling free_position idle_level idle_position batch chunk take partial done head tail "
-    "joining_head joining_tail late open active outstanding preemptions",
-)
-REQUEST = record(
-    f8="arrival patience started first finished",
-    i8="pushed ends order recomputed",
-    i4="prompt output kind computed target generated next previous tag gpu blocks cached whole preemptions",
-)
-LINE = record(i4="head tail")
-TALLY = record(i8="prefilling")
-WAITING = record(i8="count")
-SCALARS = record(i8="arrival idle slack queued patient fcfs gate_first order mode turn events served")
-
-
-class Fleet(NamedTuple):
-    """What does not change."""
-
-    classes: Any  # (I,) CLASS
-    roles: Any  # (R,) ROLE
-    router_order: IntArray  # (R,) by side
-    first_role: IntArray  # (S + 1,)
-    cumulative: FloatArray  # (S, I) probability that a decode goes to this side or one before
-    weight: FloatArray  # (S, I)
-    padded: IntArray  # (cap + 1,) decodes that an iteration without prompts computes for so many
-
-
-class State(NamedTuple):
-    """What does. Heaps are three arrays: keys by item, items in heap order, and the place of each item in it."""
-
-    scalars: Any  # (1,) SCALARS
-    gpus: Any  # (n,) GPU
-    requests: Any  # (N,) REQUEST
-    batch: IntArray  # (n, cap) running decodes of each GPU, a heap by REQUEST.ends
-    residues: IntArray  # (n, block) see `fluidopt.serving.clock.growth`
-    due: FloatArray  # (n,) next boundary of each GPU at which something changes
-    due_order: IntArray
-    due_place: IntArray
-    load: FloatArray  # (n,) requests sent to each GPU and not done
-    load_order: IntArray
-    load_place: IntArray
-    deadline: FloatArray  # (N,) at which waiting requests give up
-    deadline_order: IntArray
-    deadline_place: IntArray
-    free_members: IntArray
-    free_size: IntArray
-    idle_members: IntArray
-    idle_size: IntArray
-    tallies: Any  # (I,) TALLY
-    waiting: Any  # ((1 + S) * I,) WAITING, by tag
-    lines: Any  # LINE, see `fluidopt.simulation.choices.line_of`
 
 
 # Lines -----------------------------------------------------------------------------------------------------------
@@ -108,13 +37,8 @@ class State(NamedTuple):
 def _join(fleet: Fleet, state: State, r: int, tag: int, now: float) -> None:
     """Request r waits in a line of the policy."""
     scalars, request = state.scalars[0], state.requests[r]
-    line = state.lines[line_of(fleet, state, tag)]
-    request.tag, request.previous, request.next = tag, line.tail, NOBODY
-    if line.tail >= 0:
-        state.requests[line.tail].next = r
-    else:
-        line.head = r
-    line.tail = r
+    request.tag = tag
+    link(state.lines[line_of(fleet, state, tag)], state.requests, r)
     scalars.queued += tag < fleet.classes.size
     state.waiting[tag].count += 1
     if request.patience < np.inf:
@@ -129,15 +53,7 @@ def _leave(fleet: Fleet, state: State, r: int, now: float) -> int:
     """Request r waits no more; returns its tag."""
     scalars, request = state.scalars[0], state.requests[r]
     tag: int = request.tag
-    line = state.lines[line_of(fleet, state, tag)]
-    if request.previous >= 0:
-        state.requests[request.previous].next = request.next
-    else:
-        line.head = request.next
-    if request.next >= 0:
-        state.requests[request.next].previous = request.previous
-    else:
-        line.tail = request.previous
+    unlink(state.lines[line_of(fleet, state, tag)], state.requests, r)
     scalars.queued -= tag < fleet.classes.size
     state.waiting[tag].count -= 1
     if request.patience < np.inf:
@@ -148,134 +64,6 @@ def _leave(fleet: Fleet, state: State, r: int, now: float) -> int:
             state.deadline_order[at] = state.deadline_order[scalars.patient]
             sift(state.deadline, state.deadline_order, state.deadline_place, scalars.patient, at)
     return tag
-
-
-# The engine's memory and batch -----------------------------------------------------------------------------------
-
-
-@compiled
-def _blocks(tokens: int, block: int) -> int:
-    return (tokens + block - 1) // block
-
-
-@compiled
-def _put_back(role: Any, gpu: Any, request: Any) -> None:
-    """Free the blocks of a request."""
-    if role.blocks > 0:
-        request.pushed = gpu.pushed
-        request.cached = request.blocks
-        gpu.pushed += request.blocks
-        request.blocks = 0
-
-
-@compiled
-def _lift(state: State, g: int, at: int) -> None:
-    """Restore the heap of the batch of GPU g after the entry at place ``at`` was replaced."""
-    heap, requests, size = state.batch[g], state.requests, state.gpus[g].batch
-    r = heap[at]
-    key = requests[r].ends
-    while at > 0 and requests[heap[(at - 1) >> 1]].ends > key:
-        heap[at] = heap[(at - 1) >> 1]
-        at = (at - 1) >> 1
-    while True:
-        child = 2 * at + 1
-        if child + 1 < size and requests[heap[child + 1]].ends < requests[heap[child]].ends:
-            child += 1
-        if child >= size or requests[heap[child]].ends >= key:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = r
-
-
-@compiled
-def _seat(fleet: Fleet, state: State, g: int, r: int) -> None:
-    """Request r, prefilled, decodes on GPU g from this boundary on."""
-    gpu, request, scalars = state.gpus[g], state.requests[r], state.scalars[0]
-    role = fleet.roles[gpu.role]
-    request.ends = gpu.steps + request.output - request.generated
-    request.order = scalars.order
-    scalars.order += 1
-    gpu.kv += request.computed
-    state.residues[g, (request.computed - gpu.steps) % role.block] += 1
-    state.batch[g, gpu.batch] = r
-    gpu.batch += 1
-    _lift(state, g, gpu.batch - 1)
-
-
-@compiled
-def _unseat(fleet: Fleet, state: State, g: int, at: int) -> int:
-    """Take the decode at place ``at`` of the heap out of the batch of GPU g, its tokens and blocks up to date."""
-    gpu = state.gpus[g]
-    role = fleet.roles[gpu.role]
-    r: int = state.batch[g, at]
-    request = state.requests[r]
-    request.generated = request.output - (request.ends - gpu.steps)
-    request.computed = request.prompt + request.generated - 1
-    gpu.kv -= request.computed
-    state.residues[g, (request.computed - gpu.steps) % role.block] -= 1
-    if role.blocks > 0:
-        request.blocks = _blocks(request.computed, role.block)
-    gpu.batch -= 1
-    if at < gpu.batch:
-        state.batch[g, at] = state.batch[g, gpu.batch]
-        _lift(state, g, at)
-    return r
-
-
-@compiled
-def _preempt(fleet: Fleet, state: State, g: int, r: int) -> None:
-    """Request r, no more in the batch of GPU g, goes to the front of its queue."""
-    gpu, request = state.gpus[g], state.requests[r]
-    role = fleet.roles[gpu.role]
-    _put_back(role, gpu, request)
-    request.whole = request.computed // role.block
-    request.recomputed += request.computed
-    request.computed = 0
-    request.target = request.prompt + request.generated
-    request.preemptions += 1
-    gpu.preemptions += 1
-    request.next = gpu.head
-    gpu.head = r
-    if gpu.tail < 0:
-        gpu.tail = r
-
-
-@compiled
-def _preempt_newest(fleet: Fleet, state: State, g: int) -> None:
-    """Preempt the unfinished prompt of GPU g if it has one, else the newest of its decodes."""
-    gpu = state.gpus[g]
-    if gpu.partial >= 0:
-        r = gpu.partial
-        gpu.partial = NOBODY
-        _preempt(fleet, state, g, r)
-        return
-    newest = 0
-    for at in range(1, gpu.batch):
-        if state.requests[state.batch[g, at]].order > state.requests[state.batch[g, newest]].order:
-            newest = at
-    _preempt(fleet, state, g, _unseat(fleet, state, g, newest))
-
-
-@compiled
-def _left_of(role: Any, popped: int, request: Any) -> int:
-    """Full blocks of a preempted request still free when ``popped`` were taken; its last token is computed again."""
-    if role.reuse == 0 or request.cached == 0:
-        return 0
-    left: int = request.cached - max(0, popped - request.pushed)
-    full: int = min(request.whole, (request.target - 1) // role.block)
-    return max(0, min(left, full))
-
-
-@compiled
-def _reclaim(gpu: Any, request: Any, count: int) -> None:
-    """Take back ``count`` of the blocks that a preempted request has left, from amid the free ones.
-
-    The last one preempted comes first, so no other preempted request's blocks were freed after these.
-    """
-    gpu.pushed -= count
-    request.blocks = count
-    request.cached = 0
 
 
 # Sending requests to GPUs ----------------------------------------------------------------------------------------
@@ -406,7 +194,7 @@ def _place(fleet: Fleet, state: State, curves: Curves, rng: np.random.Generator,
     role = fleet.roles[gpu.role]
     target = g if role.stays == 1 else route(fleet, state, rng, s)
     if target != g:
-        _put_back(role, gpu, request)  # its KV goes with it
+        put_back(role, gpu, request)  # its KV goes with it
         request.cached = 0
     if target >= 0:
         _start_decode(fleet, state, curves, target, r, now)
@@ -445,7 +233,7 @@ def _close_stretch(fleet: Fleet, state: State, curves: Curves, g: int, now: floa
         request.computed += k * gpu.take
         tokens += request.computed
         if role.blocks > 0:
-            blocks = _blocks(request.computed, role.block)
+            blocks = blocks_of(request.computed, role.block)
             gpu.popped += blocks - request.blocks
             request.blocks = blocks
     gpu.most_tokens = max(gpu.most_tokens, tokens)
@@ -467,7 +255,7 @@ def _finish(fleet: Fleet, state: State, g: int, r: int, now: float) -> None:
             gpu.owed += request.blocks
             request.blocks = 0
     else:
-        _put_back(role, gpu, request)
+        put_back(role, gpu, request)
     scalars = state.scalars[0]
     scalars.served += 1
     if scalars.mode == LEAST_REQUESTS:
@@ -476,47 +264,18 @@ def _finish(fleet: Fleet, state: State, g: int, r: int, now: float) -> None:
 
 
 @compiled
-def _seat_joining(fleet: Fleet, state: State, g: int) -> None:
-    """Seat the decodes that were sent to GPU g: those whose KV is there, and first come first served those it fits."""
-    gpu = state.gpus[g]
-    role = fleet.roles[gpu.role]
-    r, last, full = gpu.joining_head, NOBODY, False
-    while r >= 0:
-        request = state.requests[r]
-        following = request.next
-        if role.blocks > 0 and request.blocks == 0:
-            need = _blocks(request.computed, role.block)
-            # beside the blocks that it and the running decodes take in this iteration
-            now = state.residues[g, -gpu.steps % role.block] + (request.computed % role.block == 0)
-            full = full or need > gpu.pushed - gpu.popped - now
-            if not full:
-                gpu.popped += need
-                request.blocks = need
-        if role.blocks > 0 and request.blocks == 0:
-            last = r
-        else:
-            if last >= 0:
-                state.requests[last].next = following
-            else:
-                gpu.joining_head = following
-            _seat(fleet, state, g, r)
-        r = following
-    gpu.joining_tail = last
-
-
-@compiled
 def _compose(fleet: Fleet, state: State, curves: Curves, g: int, now: float) -> None:
     """Compose the iteration that GPU g begins, and find how often it is repeated."""
     gpu = state.gpus[g]
     role = fleet.roles[gpu.role]
     limited = role.blocks > 0
-    _seat_joining(fleet, state, g)
+    seat_joining(fleet, state, g)
     preempted = False
     reserved = 0
     if limited:
         reserved = state.residues[g, -gpu.steps % role.block]
         while gpu.pushed - gpu.popped < reserved:
-            _preempt_newest(fleet, state, g)
+            preempt_newest(fleet, state, g)
             preempted = True
             reserved = state.residues[g, -gpu.steps % role.block]
     left = role.chunk if role.chunk > 0 else role.budget - gpu.batch
@@ -528,10 +287,10 @@ def _compose(fleet: Fleet, state: State, curves: Curves, g: int, now: float) -> 
         request = state.requests[r]
         take = min(request.target - request.computed, left)
         if limited:
-            need = _blocks(request.computed + take, role.block) - request.blocks
+            need = blocks_of(request.computed + take, role.block) - request.blocks
             if need > gpu.pushed - gpu.popped - reserved:
                 gpu.partial = NOBODY
-                _preempt(fleet, state, g, r)
+                preempt(fleet, state, g, r)
                 preempted = True
                 take = 0
             else:
@@ -556,16 +315,16 @@ def _compose(fleet: Fleet, state: State, curves: Curves, g: int, now: float) -> 
             break
         known = 0
         if limited:
-            kept = _left_of(role, gpu.popped + reserved, request)
+            kept = left_of(role, gpu.popped + reserved, request)
             known = kept * role.block
             take = min(request.target - known, left)
-            need = _blocks(known + take, role.block)
+            need = blocks_of(known + take, role.block)
             room = gpu.pushed - gpu.popped - reserved
-            if need > room or (role.reserve == 1 and _blocks(request.target, role.block) > room):
+            if need > room or (role.reserve == 1 and blocks_of(request.target, role.block) > room):
                 break
             gpu.head = request.next
             if kept > 0:
-                _reclaim(gpu, request, kept)
+                reclaim(gpu, request, kept)
             request.cached = 0
             gpu.popped += need - kept
             request.blocks = need
@@ -629,7 +388,7 @@ def _set_stretch(fleet: Fleet, state: State, curves: Curves, g: int, preempted: 
             while none - k > 1:
                 middle = (k + none) >> 1
                 need = growth(state.residues[g], role.block, gpu.batch, gpu.steps, middle)
-                if need + _blocks(middle * gpu.take, role.block) + 1 > free:
+                if need + blocks_of(middle * gpu.take, role.block) + 1 > free:
                     none = middle
                 else:
                     k = middle
@@ -646,7 +405,7 @@ def _boundary(fleet: Fleet, state: State, curves: Curves, rng: np.random.Generat
     _close_stretch(fleet, state, curves, g, now)
     gpu.open = 1
     while gpu.batch > 0 and state.requests[state.batch[g, 0]].ends <= gpu.steps:
-        r = _unseat(fleet, state, g, 0)
+        r = unseat(fleet, state, g, 0)
         gpu.decodes -= 1
         scalars.slack += 1
         _finish(fleet, state, g, r, now)

@@ -9,7 +9,7 @@ from fluidopt.errors import InvalidInput
 from fluidopt.policy.rules import Policy
 from fluidopt.serving.clock import Curves, flatten
 from fluidopt.serving.engine import BLOCK, EngineFleet
-from fluidopt.serving.events import (
+from fluidopt.serving.state import (
     CLASS,
     GATE,
     GPU,

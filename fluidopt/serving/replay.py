@@ -11,9 +11,10 @@ from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_whole
 from fluidopt.policy.rules import Policy
 from fluidopt.serving.engine import BLOCK, EngineFleet, Memory, checked_tokens
-from fluidopt.serving.events import DONE, GAVE_UP, State, advance
+from fluidopt.serving.events import DONE, advance
 from fluidopt.serving.fleet import build_state, check_memory, engine_fleet, kinds, policy_fleet
 from fluidopt.serving.result import Replay
+from fluidopt.serving.state import GAVE_UP, State
 from fluidopt.traces.classify import Classification
 from fluidopt.traces.trace import Trace
 from fluidopt.workload import TokenPrices

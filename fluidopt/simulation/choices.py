@@ -64,6 +64,31 @@ def line_of(fleet: Any, state: Any, tag: int) -> int:
 
 
 @compiled
+def link(line: Any, records: Any, c: int) -> None:
+    """Put record c at the end of a line."""
+    records[c].previous, records[c].next = line.tail, NOBODY
+    if line.tail >= 0:
+        records[line.tail].next = c
+    else:
+        line.head = c
+    line.tail = c
+
+
+@compiled
+def unlink(line: Any, records: Any, c: int) -> None:
+    """Take record c out of a line."""
+    before, after = records[c].previous, records[c].next
+    if before >= 0:
+        records[before].next = after
+    else:
+        line.head = after
+    if after >= 0:
+        records[after].previous = before
+    else:
+        line.tail = before
+
+
+@compiled
 def list_gpu(fleet: Any, state: Any, g: int) -> None:
     """Bring the lists of free and of idle GPUs up to date after a change of GPU g."""
     gpu = state.gpus[g]

@@ -20,7 +20,18 @@ from typing import NamedTuple
 import numpy as np
 
 from fluidopt.simulation.arrivals import Requests
-from fluidopt.simulation.choices import NOBODY, best_line, line_of, list_gpu, next_decode, record, route, sift
+from fluidopt.simulation.choices import (
+    NOBODY,
+    best_line,
+    line_of,
+    link,
+    list_gpu,
+    next_decode,
+    record,
+    route,
+    sift,
+    unlink,
+)
 from fluidopt.simulation.kernel import AnyArray, compiled
 from fluidopt.simulation.system import FloatArray, IntArray
 
@@ -99,14 +110,8 @@ def _join(fleet: Fleet, state: State, tag: int, prompt: float, output: float, pa
         c = scalars.pool_used
         scalars.pool_used = c + 1
     request = state.pool[c]
-    line = state.lines[line_of(fleet, state, tag)]
     request.prompt, request.output, request.tag = prompt, output, tag
-    request.previous, request.next = line.tail, NOBODY
-    if line.tail >= 0:
-        state.pool[line.tail].next = c
-    else:
-        line.head = c
-    line.tail = c
+    link(state.lines[line_of(fleet, state, tag)], state.pool, c)
     scalars.queued += tag < fleet.classes.size
     state.waiting[tag].count += 1
     state.waiting[tag].moment += now - scalars.origin
@@ -122,15 +127,7 @@ def _leave(fleet: Fleet, state: State, c: int, now: float) -> int:
     scalars = state.scalars[0]
     request = state.pool[c]
     tag: int = request.tag
-    line = state.lines[line_of(fleet, state, tag)]
-    if request.previous >= 0:
-        state.pool[request.previous].next = request.next
-    else:
-        line.head = request.next
-    if request.next >= 0:
-        state.pool[request.next].previous = request.previous
-    else:
-        line.tail = request.previous
+    unlink(state.lines[line_of(fleet, state, tag)], state.pool, c)
     scalars.queued -= tag < fleet.classes.size
     state.waiting[tag].count -= 1
     state.waiting[tag].moment -= now - scalars.origin

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +23,7 @@ from fluidopt.scenario import Scenario
 from fluidopt.simulation.compare import compare_policies
 from fluidopt.simulation.experiment import checked_seed, checked_window
 from fluidopt.simulation.statistics import LEVEL, Estimate
+from fluidopt.studies.work import Checkpoint, progress, run_jobs
 from fluidopt.tables import html, shorten, text
 from fluidopt.workload import TokenPrices, WorkloadClass
 
@@ -430,15 +429,16 @@ def policy_study(
         ranges=ranges if ranges is not None else InstanceRanges(),
         instances=(),
     )
-    kept = _Checkpoint(None if checkpoint is None else Path(checkpoint), study)
-    done = {each.number: each for each in kept.read()}
+    settings = {name: value for name, value in study.to_dict().items() if name != "instances"}
+    kept = Checkpoint(None if checkpoint is None else Path(checkpoint), settings)
+    done = {each.number: each for each in map(InstanceOutcome.from_dict, kept.read())}
     streams = np.random.SeedSequence(study.seed).spawn(int(instances))
     missing = [(number, streams[number]) for number in range(int(instances)) if number not in done]
     # every policy is made before the first simulation, so that what cannot be is refused at once
     jobs = [_job(study, number, *stream.spawn(2)) for number, stream in missing]
-    for outcome in _progress(_run(jobs, executor), total=len(jobs)):
+    for outcome in progress(run_jobs(compare_instance, jobs, executor), total=len(jobs), what="instances"):
         found = InstanceOutcome.from_dict(outcome)
-        kept.add(found)
+        kept.add(found.to_dict())
         done[found.number] = found
     return replace(study, instances=tuple(done[number] for number in range(int(instances))))
 
@@ -498,80 +498,3 @@ def compare_instance(
         lead={name: compared.difference(name, proposed) for name in read if name != proposed},
         stationary=all(result.stationary for result in compared.results.values()),
     ).to_dict()
-
-
-def _run(jobs: Sequence[dict[str, Any]], executor: Executor | None) -> Iterator[dict[str, Any]]:
-    if executor is None:
-        for job in jobs:
-            yield compare_instance(**job)
-        return
-    futures = [executor.submit(compare_instance, **job) for job in jobs]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _progress(outcomes: Iterator[dict[str, Any]], *, total: int) -> Iterator[dict[str, Any]]:
-    """A bar on stderr, only where a person watches."""
-    from tqdm import tqdm
-
-    yield from tqdm(outcomes, total=total, desc="instances", file=sys.stderr, disable=None, leave=False)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Finished instances in a file: a line with the settings of the study, then a line each."""
-
-    path: Path | None
-    study: PolicyStudy
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        data = self.study.to_dict()
-        del data["instances"]
-        return data
-
-    def read(self) -> list[InstanceOutcome]:
-        """The instances that are there; an unfinished last line, left by a kill, is taken off.
-
-        Raises:
-            InvalidInput: the file cannot be read, or is of another study.
-        """
-        if self.path is None:
-            return []
-        if not self.path.exists():
-            self._write([json.dumps(self._settings)])
-            return []
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            whole = [json.loads(line) for line in lines[:-1]]
-        except (OSError, ValueError) as error:
-            raise InvalidInput(f"checkpoint: {self.path} cannot be read as lines of JSON ({error})") from None
-        settings = whole[0] if whole else self._settings
-        if not isinstance(settings, dict):
-            raise InvalidInput(f"checkpoint: {self.path} is no checkpoint of a policy study; use another file")
-        differ = [name for name, value in self._settings.items() if settings.get(name) != value]
-        if differ:
-            raise InvalidInput(
-                f"checkpoint: {self.path} is of a study with other {shorten(differ)} "
-                f"({differ[0]} there: {settings.get(differ[0])!r}); use another file"
-            )
-        if lines[-1] or not whole:
-            self._write(lines[:-1] or [json.dumps(self._settings)])
-        return [InstanceOutcome.from_dict(each) for each in whole[1:]]
-
-    def add(self, outcome: InstanceOutcome) -> None:
-        """Append a finished instance."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(outcome.to_dict()) + "\n")
-
-    def _write(self, lines: Sequence[str]) -> None:
-        assert self.path is not None
-        try:
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        except OSError as error:
-            raise InvalidInput(f"checkpoint: {self.path} cannot be written ({error})") from None

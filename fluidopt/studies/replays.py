@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +27,8 @@ from fluidopt.simulation.experiment import checked_seed, slowest
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.statistics import Estimate
 from fluidopt.studies.windows import Measured, measure
-from fluidopt.tables import html, shorten, text
+from fluidopt.studies.work import Checkpoint, progress, run_jobs
+from fluidopt.tables import html, text
 from fluidopt.traces.classify import Classification, classify
 from fluidopt.traces.trace import Trace
 from fluidopt.workload import TokenPrices
@@ -337,8 +336,8 @@ def replay_study(
         "windows": int(windows),
         "seed": seed,
     }
-    kept = _Checkpoint(None if checkpoint is None else Path(checkpoint), settings)
-    done = {(point.gpus, point.kind): point for point in kept.read()}
+    kept = Checkpoint(None if checkpoint is None else Path(checkpoint), settings)
+    done = {(point.gpus, point.kind): point for point in map(ReplayPoint.from_dict, kept.read())}
     shared = {"trace": trace, "assignment": classes.assignment, "settings": settings}
     jobs: list[dict[str, Any]] = []
     for n in sizes:
@@ -346,8 +345,8 @@ def replay_study(
         if missing:
             plan = FluidModel(workload.per_gpu(n), gpu, prices=prices, charging=charging).solve()
             jobs += [shared | {"plan": plan, "fleet": _fleet(plan, n, kind, engines), "kind": kind} for kind in missing]
-    for point in _progress(_run(jobs, executor), total=len(jobs)):
-        kept.add(point)
+    for point in progress(run_jobs(replay_point, jobs, executor), total=len(jobs), what="replays"):
+        kept.add(point.to_dict())
         done[point.gpus, point.kind] = point
     return ReplayStudy(settings=settings, points=tuple(done[n, kind] for n in sizes for kind in kinds))
 
@@ -449,66 +448,6 @@ def at_random_times(trace: Trace, assignment: NDArray[np.int64], *, seed: int) -
         sources=trace.sources,
     )
     return steady, assignment[order]
-
-
-def _run(jobs: Sequence[dict[str, Any]], executor: Executor | None) -> Iterator[ReplayPoint]:
-    if executor is None:
-        for job in jobs:
-            yield replay_point(**job)
-        return
-    futures = [executor.submit(replay_point, **job) for job in jobs]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _progress(points: Iterator[ReplayPoint], *, total: int) -> Iterator[ReplayPoint]:
-    """A bar on stderr, only where a person watches."""
-    from tqdm import tqdm
-
-    yield from tqdm(points, total=total, desc="replays", file=sys.stderr, disable=None, leave=False)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Finished points in a file: a line with what they depend on, then a line each."""
-
-    path: Path | None
-    settings: dict[str, Any]
-
-    def read(self) -> list[ReplayPoint]:
-        """The points that are there; an unfinished last line, left by a kill, is taken off.
-
-        Raises:
-            InvalidInput: the file cannot be read or written, or is of another study.
-        """
-        if self.path is None:
-            return []
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-            whole = [json.loads(line) for line in lines[:-1]]
-        except (OSError, ValueError) as error:
-            raise InvalidInput(f"checkpoint: {self.path} cannot be read as lines of JSON ({error})") from None
-        ours = json.loads(json.dumps(self.settings))
-        theirs = whole[0] if whole else ours
-        differ = [name for name, value in ours.items() if not isinstance(theirs, dict) or theirs.get(name) != value]
-        if differ:
-            raise InvalidInput(f"checkpoint: {self.path} is of a study with other {shorten(differ)}; use another file")
-        if lines[-1] or not whole:
-            try:
-                self.path.write_text("".join(f"{line}\n" for line in lines[:-1] or [json.dumps(ours)]), "utf-8")
-            except OSError as error:
-                raise InvalidInput(f"checkpoint: {self.path} cannot be written ({error})") from None
-        return [ReplayPoint.from_dict(each) for each in whole[1:]]
-
-    def add(self, point: ReplayPoint) -> None:
-        """Append a finished point."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(point.to_dict()) + "\n")
 
 
 def plot_replays(study: ReplayStudy) -> Figure:
