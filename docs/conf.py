@@ -34,7 +34,7 @@ nb_execution_timeout = 120
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 nb_output_stderr = "error"
-if not (Path(__file__).resolve().parents[2] / "shared" / "data").exists():
+if not (Path(__file__).resolve().parents[2] / "shared").exists():
     nb_execution_excludepatterns = ["notebooks/05-*"]  # it reads recorded requests beside the repository
 
 # `name` in a docstring is a Python object where there is one of that name, and code otherwise.

@@ -9,7 +9,6 @@ import sys
 import tomllib
 import warnings
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import DATA, recorded
 
 import fluidopt as fo
 from fluidopt.calibration import fit_iteration_time, plot_fit, read_iteration_times
@@ -24,11 +24,9 @@ from fluidopt.curves import Kink, LinearTime, TabulatedTime
 from fluidopt.data import known_gpu, known_gpus
 from fluidopt.data.gpus import derive_known_gpus
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-ESTIMATES = SHARED / "aiconfigurator" / "iteration_times_llama3.1.csv"
-SPLITWISE = SHARED / "splitwise" / "perf_model.csv"
-RTX = SHARED / "vllm-rtxpro6000" / "iteration_times.csv"
-real = pytest.mark.skipif(not SHARED.exists(), reason="the measurements are not part of the project")
+ESTIMATES = DATA / "aiconfigurator" / "iteration_times_llama3.1.csv"
+SPLITWISE = DATA / "splitwise" / "perf_model.csv"
+RTX = DATA / "vllm-rtxpro6000" / "iteration_times.csv"
 
 TRUE = LinearTime(
     alpha=0.010,
@@ -181,7 +179,7 @@ def test_a_log_of_iterations_has_no_levels_and_is_fitted_all_the_same():
         fit_iteration_time(log, form="table")
 
 
-@real
+@recorded
 def test_cross_validation_by_hand():
     """The affine error of one real series, recomputed with polyfit for every level left out."""
     frame = table(ESTIMATES, "model.str.contains('-8B') and gpu == 'h100_sxm'")
@@ -213,7 +211,7 @@ def affine(frame, **options):
         return fit_iteration_time(frame, form="affine", **options)
 
 
-@real
+@recorded
 @pytest.mark.parametrize(("model", "gpu"), SERIES)
 def test_each_series_is_a_line_in_the_chunk(model, gpu):
     """At each number of decodes: numpy's line and its errors, R^2 above 0.99, and an intercept below decode-only."""
@@ -234,7 +232,7 @@ def test_each_series_is_a_line_in_the_chunk(model, gpu):
             assert fit.curve.alpha < fit.curve.solo or (model, gpu) == ("70B", "a100_sxm")
 
 
-@real
+@recorded
 def test_what_was_found_on_the_estimates():
     frame = read_iteration_times(ESTIMATES, model="70B", gpu="h100")
     fit = affine(frame[frame.decodes == 32], errors="absolute")
@@ -246,7 +244,7 @@ def test_what_was_found_on_the_estimates():
     assert raw.worst["chunk"] == 128, "lines are off at small chunks"
 
 
-@real
+@recorded
 @pytest.mark.parametrize(("decodes", "measured"), [(8, 11.9), (32, 15.1), (128, 25.3)])
 def test_the_decode_only_time_grows_with_the_batch(decodes, measured):
     followed = fit_iteration_time(table(RTX, "kv_tokens <= 2048"), form="table").curve
@@ -255,7 +253,7 @@ def test_the_decode_only_time_grows_with_the_batch(decodes, measured):
     assert 1e3 * line.decode_only(decodes, 1024) == pytest.approx(measured, rel=0.05)
 
 
-@real
+@recorded
 def test_a_flat_decode_only_time_is_warned_about_with_where():
     cached = table(RTX, "kv_tokens == 1024 or decodes == 0")
     with pytest.warns(
@@ -270,7 +268,7 @@ def test_a_flat_decode_only_time_is_warned_about_with_where():
         fit_iteration_time(cached.query("decodes <= 8"), form="affine")
 
 
-@real
+@recorded
 @pytest.mark.parametrize(
     ("model", "gpu", "parallel"), [("llama2", "a100", 4), ("llama2", "h100", 8), ("bloom", "h100", 8)]
 )
@@ -297,7 +295,7 @@ def test_measured_lines_against_plain_least_squares(model, gpu, parallel):
     assert "the mixed times do not tell what a decode adds: taken from the decode-only times" in fit.notes
 
 
-@real
+@recorded
 def test_the_table_holds_what_was_measured():
     frame = table(RTX)
     fit = fit_iteration_time(frame, form="table", physical=False)
@@ -433,10 +431,10 @@ def test_a_fit_that_cannot_be(frame, options, message):
 # ---- what ships with the package ----------------------------------------------------------------------------------
 
 
-@real
+@recorded
 def test_the_embedded_curves_are_what_the_tables_give():
     """To the digits that the arithmetic of another machine leaves alone."""
-    derived, embedded = derive_known_gpus(SHARED), known_gpus()
+    derived, embedded = derive_known_gpus(DATA), known_gpus()
     assert list(derived) == list(embedded.index)
     for name, entry in derived.items():
         assert {key: entry[key] for key in ("source", "licence", "kind", "form", "tensor_parallel")} == {

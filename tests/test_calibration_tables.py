@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from recorded import DATA, recorded
 
 import fluidopt as fo
 from fluidopt.calibration import read_curves, read_iteration_times
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-ESTIMATES = SHARED / "aiconfigurator" / "iteration_times_llama3.1.csv"
-SPLITWISE = SHARED / "splitwise" / "perf_model.csv"
-RTX = SHARED / "vllm-rtxpro6000" / "iteration_times.csv"
-INFERNO = SHARED / "llm-inferno" / "model-data.json"
-real = pytest.mark.skipif(not SHARED.exists(), reason="the measurements are not part of the project")
+ESTIMATES = DATA / "aiconfigurator" / "iteration_times_llama3.1.csv"
+SPLITWISE = DATA / "splitwise" / "perf_model.csv"
+RTX = DATA / "vllm-rtxpro6000" / "iteration_times.csv"
+INFERNO = DATA / "llm-inferno" / "model-data.json"
 
 
-@real
+@recorded
 def test_the_estimates_against_pandas():
     raw, frame = pd.read_csv(ESTIMATES), read_iteration_times(ESTIMATES)
     mixed, alone = frame[frame.chunk > 0], frame[frame.chunk == 0]
@@ -33,7 +31,7 @@ def test_the_estimates_against_pandas():
     assert set(frame.tensor_parallel) == {1, 4}
 
 
-@real
+@recorded
 def test_splitwise_against_pandas():
     raw, frame = pd.read_csv(SPLITWISE), read_iteration_times(SPLITWISE)
     capped = raw[raw.hardware.str.endswith("pcap")]
@@ -53,7 +51,7 @@ def test_splitwise_against_pandas():
         read_iteration_times(SPLITWISE, gpu="h100-80gb-pcap")
 
 
-@real
+@recorded
 def test_the_profile_against_pandas():
     raw, frame = pd.read_csv(RTX), read_iteration_times(RTX)
     assert list(frame) == ["chunk", "decodes", "kv_tokens", "seconds"]
@@ -61,7 +59,7 @@ def test_the_profile_against_pandas():
     assert (frame.chunk.to_numpy() == raw.prefill_chunk_tokens.to_numpy()).all()
 
 
-@real
+@recorded
 def test_published_coefficients_are_curves():
     curves = read_curves(INFERNO)
     raw = json.loads(INFERNO.read_text())["models"]

@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import DATA, recorded
 from scipy import sparse
 from strategies import CHARGING, gpus, operating_modes, prices
 
@@ -18,7 +18,7 @@ from fluidopt.studies.classes import ClassStudy, class_study, plot_class_study
 from fluidopt.traces import Trace, classify, read_trace
 from fluidopt.traces.classify import between, length_cuts, log_lengths
 
-AZURE = Path(__file__).parents[2] / "shared" / "data" / "azure"
+AZURE = DATA / "azure"
 GPU, PRICES = fo.reference_model().scenario.gpu, fo.reference_model().scenario.prices
 
 
@@ -272,7 +272,7 @@ def test_classes_by_one_length_are_intervals_of_it(by):
         classify(few, 2, by=by)
 
 
-@pytest.mark.skipif(not AZURE.is_dir(), reason="the published traces are not beside the repository")
+@recorded
 def test_azure_needs_the_prompt_length_more_than_the_service():
     """On the two services of Azure the prompt's length, which is known at arrival, does as well as foresight."""
     files = [AZURE / f"AzureLLMInferenceTrace_{name}.csv" for name in ("code", "conv")]

@@ -6,22 +6,20 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from recorded import SHARED, recorded
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SECONDS_PER_CELL = 120
 
-RECORDED = Path(__file__).parents[2] / "shared" / "data"
-
 
 def can_run(path):
     """Whether the recorded data that the notebook reads, if it reads any, are there."""
-    return RECORDED.exists() or path.name != "05-real-traces.ipynb"
+    return SHARED.exists() or path.name != "05-real-traces.ipynb"
 
 
-without_data = pytest.mark.skipif(not RECORDED.exists(), reason="needs the recorded data beside the repository")
 each_that_runs = pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=() if can_run(path) else without_data) for path in NOTEBOOKS],
+    [pytest.param(path, marks=() if can_run(path) else recorded) for path in NOTEBOOKS],
     ids=lambda path: path.name,
 )
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -4,13 +4,13 @@ import json
 import time
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_by_steps import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import DATA, recorded
 from small_fleets import small_policy
 
 import fluidopt as fo
@@ -22,8 +22,6 @@ from fluidopt.serving import Engine, EngineFleet, fit_step_overhead, read_engine
 from fluidopt.serving.clock import endurance, flatten, growth, walk
 from fluidopt.traces import Trace, classify
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-recorded = pytest.mark.skipif(not SHARED.exists(), reason="needs the recorded data beside the repository")
 AFFINE = fo.IterationTime(alpha=0.0174, beta=6.2e-5, solo=0.022)
 
 
@@ -444,7 +442,7 @@ def test_an_engine_is_read_from_the_settings_it_was_started_with(tmp_path):
 def served_by_vllm():
     from fluidopt.calibration import fit_iteration_time, read_iteration_times
 
-    folder = SHARED / "vllm-rtxpro6000"
+    folder = DATA / "vllm-rtxpro6000"
     curve = fit_iteration_time(read_iteration_times(folder / "iteration_times.csv"), form="table").curve
     return fo.read_trace(folder / "requests.jsonl"), EngineFleet(read_engine(folder / "meta.json"), curve)
 
@@ -486,7 +484,7 @@ def test_one_constant_fitted_on_every_other_request_predicts_the_rest():
 
 @recorded
 def test_the_azure_requests_on_fifty_gpus_are_replayed_faster_than_50_000_a_second():
-    folder = SHARED / "azure"
+    folder = DATA / "azure"
     trace = fo.read_trace([folder / f"AzureLLMInferenceTrace_{name}.csv" for name in ("code", "conv")])
     found = classify(trace, 5, abandonment_rate=0.05)
     model = fo.FluidModel(found.workload.per_gpu(50), reference_gpu(), prices=fo.TokenPrices(prompt=0.1, output=0.2))

@@ -3,11 +3,11 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from recorded import DATA, recorded
 
 import fluidopt as fo
 from fluidopt.simulation.statistics import Batches
@@ -16,8 +16,6 @@ from fluidopt.studies.replays import ReplayStudy, at_random_times, replay_study
 from fluidopt.studies.windows import measure
 from fluidopt.traces import Trace, classify
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-recorded = pytest.mark.skipif(not SHARED.exists(), reason="needs the recorded data beside the repository")
 GPU = fo.reference_model().gpu_types[0]
 PRICES = fo.TokenPrices(prompt=0.1, output=0.2)
 KINDS = ("gate-and-route", "FI-WSP", "engine")
@@ -294,7 +292,7 @@ def test_wrong_subjects_are_named(study):
 @recorded
 def test_on_a_bursty_hour_the_partition_for_the_mean_load_loses():
     """Azure, both services: in the chain and at random times little is lost, as recorded a seventh."""
-    files = [SHARED / "azure" / f"AzureLLMInferenceTrace_{name}.csv" for name in ("code", "conv")]
+    files = [DATA / "azure" / f"AzureLLMInferenceTrace_{name}.csv" for name in ("code", "conv")]
     made = small(fo.read_trace(files), gpus=[10], kinds=["gate-and-route", "FI-WSP"], abandonment_rate=0.05)
     frame = made.to_frame().loc[10]
     assert frame["steady_of_bound"].min() > 0.97

@@ -1,19 +1,18 @@
 """Plans over a horizon: against interval by interval, a formulation by hand, brute force, and finite differences."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
 import pytest
+from recorded import DATA, recorded
 
 import fluidopt as fo
 from fluidopt.errors import InfeasibleModel, InvalidInput
 from fluidopt.studies.schedule import Schedule, plan_schedule
 from fluidopt.studies.schedule_problem import schedule_program
 
-SHARED = Path(__file__).parents[2] / "shared"
-CONVERSATION = SHARED / "data" / "azure" / "AzureLLMInferenceTrace_conv.csv"
+CONVERSATION = DATA / "azure" / "AzureLLMInferenceTrace_conv.csv"
 PRICES = fo.TokenPrices(prompt=0.1, output=0.2)
 PAIR = fo.GPU(fo.IterationTime(alpha=0.0174, beta=6.2e-5, solo=0.022), batch_size=16, chunk_size=256)
 APART = PAIR.with_modes(disaggregated=True)
@@ -264,7 +263,7 @@ def test_loads_must_be_of_the_same_classes():
         plan_schedule([], APART, gpus=2, switching_cost=1.0, prices=PRICES)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the recorded traces are not part of the project")
+@recorded
 def test_a_recorded_hour():
     trace = fo.read_trace(CONVERSATION)
     found = plan_schedule(

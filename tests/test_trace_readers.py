@@ -3,22 +3,19 @@ import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from recorded import DATA, recorded
 
 from fluidopt.errors import InvalidInput, TraceFormatError
 from fluidopt.traces import JsonLayout, Trace, json_format, read_trace, readers, servegen
 
-SHARED = Path(__file__).parents[2] / "shared"
-DATA = SHARED / "data"
 AZURE = DATA / "azure" / "AzureLLMInferenceTrace_conv.csv"
 MOONCAKE = DATA / "mooncake" / "conversation_trace.jsonl"
 SERVED = DATA / "vllm-rtxpro6000" / "requests.jsonl"
 CLIENTS = [DATA / "servegen" / f"chunk-{client}-trace.csv" for client in (12, 14, 17)]
-real = pytest.mark.skipif(not SHARED.exists(), reason="the recorded traces are not part of the project")
 
 PLAIN = "arrival_time,prompt_tokens,output_tokens"
 BURST = [
@@ -56,7 +53,7 @@ def json_lines(*records):
 # Published files.
 
 
-@real
+@recorded
 def test_mooncake_against_pandas():
     trace, frame = read_trace(MOONCAKE), pd.read_json(MOONCAKE, lines=True)
     assert len(trace) == 12_031
@@ -66,7 +63,7 @@ def test_mooncake_against_pandas():
     assert trace.start is None
 
 
-@real
+@recorded
 def test_requests_served_by_vllm():
     trace = read_trace(SERVED)
     records = [json.loads(line) for line in SERVED.read_text().splitlines()]
@@ -82,7 +79,7 @@ def test_requests_served_by_vllm():
     assert (wait - since_queued).max() < 0.15
 
 
-@real
+@recorded
 def test_servegen_draws_what_is_described():
     client = CLIENTS[0]
     slots = pd.read_csv(client, header=None, names=["start", "rate", "cv", "family", "shape", "scale"])
@@ -103,7 +100,7 @@ def test_servegen_draws_what_is_described():
         assert set(tokens.tolist()) <= set(shares)
 
 
-@real
+@recorded
 def test_servegen_draws_depend_on_seed_client_and_slot_alone():
     one = read_trace(CLIENTS[1], period=(0, 1200))
     assert one == read_trace(CLIENTS[1], period=(0, 1200), seed=0)
@@ -122,7 +119,7 @@ def test_servegen_draws_depend_on_seed_client_and_slot_alone():
     assert same == one
 
 
-@real
+@recorded
 def test_servegen_has_empty_slots_and_says_how_much_it_describes():
     # Client 17 rests from 4,200 s on.
     with pytest.raises(InvalidInput, match="describes no request from 4200 to 4800 s; choose another period"):

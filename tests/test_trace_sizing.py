@@ -5,11 +5,11 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import cvxpy as cp
 import numpy as np
 import pytest
+from recorded import DATA, recorded
 from scipy.optimize import linprog
 
 import fluidopt as fo
@@ -22,9 +22,7 @@ from fluidopt.studies.trace_bound import Promise, iterations, trace_bound
 from fluidopt.studies.trace_sizing import Outcome, least_fleet, size_trace
 from fluidopt.traces.trace import Trace
 
-SHARED = Path(__file__).parents[2] / "shared"
-CONVERSATION = SHARED / "data" / "azure" / "AzureLLMInferenceTrace_conv.csv"
-real = pytest.mark.skipif(not SHARED.exists(), reason="the recorded traces are not part of the project")
+CONVERSATION = DATA / "azure" / "AzureLLMInferenceTrace_conv.csv"
 
 FLAT = fo.GPU(fo.IterationTime(alpha=0.0174, beta=6.2e-5, solo=0.022), batch_size=16, chunk_size=256, name="flat")
 LINEAR = fo.GPU(
@@ -363,7 +361,7 @@ def test_the_bound_refuses_types_without_a_price_and_empty_intervals():
         trace_bound(some_trace(), FLAT, promise=Promise(ttft=1.0, tpot=0.05), interval=0)
 
 
-@real
+@recorded
 def test_a_recorded_hour_moves_the_right_way():
     """Both numbers grow, and the bound stays below, as the promise is tightened; ten times the traffic."""
     trace = fo.read_trace(CONVERSATION).sped_up(10)

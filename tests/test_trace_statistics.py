@@ -3,22 +3,20 @@ import math
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import DATA, recorded
 from scipy import stats
 
 from fluidopt.errors import InvalidInput
 from fluidopt.traces import Trace, read_trace
 from fluidopt.traces.lengths import exponential_bins
 
-SHARED = Path(__file__).parents[2] / "shared"
-AZURE = SHARED / "data" / "azure"
-real = pytest.mark.skipif(not SHARED.exists(), reason="the recorded traces are not part of the project")
+AZURE = DATA / "azure"
 
 
 def poisson(rate=5.0, duration=2000.0, seed=1, **changes):
@@ -292,7 +290,7 @@ def test_renewal_streams_level_out_at_the_squared_variation_of_their_gaps():
     assert trace.dispersion(windows=[50])["dispersion"].iloc[0] == pytest.approx(4, rel=0.1)
 
 
-@real
+@recorded
 def test_azure_conversations_are_not_poisson_over_minutes():
     table = read_trace(AZURE / "AzureLLMInferenceTrace_conv.csv").dispersion()
     index = table.set_index("window")["dispersion"]
@@ -389,7 +387,7 @@ def test_finer_bins_see_more():
     assert (np.diff(divergence) > 0.5).all()
 
 
-@real
+@recorded
 def test_published_lengths_are_not_exponential():
     trace = read_trace([AZURE / f"AzureLLMInferenceTrace_{name}.csv" for name in ("code", "conv")])
     table = trace.exponential_fit().set_index(["label", "tokens"])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trace_readers import AZURE, BENCHMARK, PLAIN, client, json_lines, real
+from recorded import recorded
+from test_trace_readers import AZURE, BENCHMARK, PLAIN, client, json_lines
 
 from fluidopt.errors import InvalidInput, TraceFormatError
 from fluidopt.traces import lines, read_trace, table
@@ -95,7 +96,7 @@ def exactly(path, monkeypatch, **arguments):
 TABLE_PLAIN = table._Table._plain
 
 
-@real
+@recorded
 def test_both_ways_read_a_published_file_alike(monkeypatch, tmp_path):
     part = tmp_path / "part.csv"
     part.write_bytes(b"".join(AZURE.read_bytes().splitlines(keepends=True)[:3000]))

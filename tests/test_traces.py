@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import DATA, recorded
 
 from fluidopt import data
 from fluidopt.errors import FluidoptError, InvalidInput, TraceFormatError
@@ -19,11 +20,9 @@ from fluidopt.traces import Trace, classify, csv_format, read_trace, readers, tr
 from fluidopt.traces.readers import CsvLayout
 from fluidopt.traces.trace import file_labels, unique
 
-SHARED = Path(__file__).parents[2] / "shared"
-AZURE = SHARED / "data" / "azure"
+AZURE = DATA / "azure"
 CODE = AZURE / "AzureLLMInferenceTrace_code.csv"
 CONVERSATION = AZURE / "AzureLLMInferenceTrace_conv.csv"
-real = pytest.mark.skipif(not SHARED.exists(), reason="the recorded traces are not part of the project")
 
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 AZURE_LINES = [
@@ -62,7 +61,7 @@ def some_trace(count=400, seed=1, **changes):
 # The published traces.
 
 
-@real
+@recorded
 def test_azure_counts_times_and_labels(azure):
     code, conversation = read_trace(CODE), read_trace(CONVERSATION)
     assert (len(code), len(conversation), len(azure)) == (8819, 19366, 28185)
@@ -79,7 +78,7 @@ def test_azure_counts_times_and_labels(azure):
     assert azure.arrival_time[-1] == pytest.approx((last - azure.start) / timedelta(seconds=1), abs=1e-9)
 
 
-@real
+@recorded
 def test_azure_against_pandas():
     for path in (CODE, CONVERSATION):
         frame, trace = pd.read_csv(path), read_trace(path)
@@ -89,7 +88,7 @@ def test_azure_against_pandas():
         np.testing.assert_allclose(trace.arrival_time, (time - time[0]).dt.total_seconds(), atol=1e-6)
 
 
-@real
+@recorded
 def test_azure_description(azure):
     table = azure.describe()
     assert list(table.index) == ["code", "conv", "all"]
@@ -100,7 +99,7 @@ def test_azure_description(azure):
     assert table.loc["code", "prompt_median"] == 1469
 
 
-@real
+@recorded
 def test_embedded_summary_is_what_the_files_give():
     again, embedded = data.summarise_azure_2023(CODE, CONVERSATION), data.azure_2023_summary()
     assert {key: embedded[key] for key in embedded if key not in ("lengths", "label")} == {
@@ -114,7 +113,7 @@ def test_embedded_summary_is_what_the_files_give():
             assert new[field] == pytest.approx(old[field], rel=1e-2)
 
 
-@real
+@recorded
 def test_count_of_classes_follows_its_rule(azure):
     chosen = classify(azure)
     fewer = classify(azure, len(chosen.workload) - 1)

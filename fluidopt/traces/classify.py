@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput
+from fluidopt.traces.checks import generator_of
 from fluidopt.traces.trace import Trace, unique
 from fluidopt.workload import Workload, WorkloadClass
 
@@ -134,7 +135,7 @@ def classify(
             raise InvalidInput(f"classify: classes={classes} and {other} exclude each other; give one of them")
     if cuts and by != "lengths":
         raise InvalidInput(f"classify: cuts and by={by!r} exclude each other; give one of them")
-    generator = _generator(seed)
+    generator = generator_of(seed, "classify")
     dropped: tuple[str, ...] = ()
     names: list[str] | None = None
     if by == "label":
@@ -462,15 +463,3 @@ def _cuts(cuts: Sequence[float] | None, name: str) -> NDArray[np.float64]:
             f"classify: {name} must be increasing token counts above 0, such as [512, 2048]; got {cuts!r}"
         )
     return edges
-
-
-def _generator(seed: Any) -> np.random.Generator:
-    make: Callable[[Any], np.random.Generator] = np.random.default_rng
-    if seed is not None and not isinstance(seed, bool):
-        try:
-            return make(seed)
-        except (TypeError, ValueError):
-            pass
-    raise InvalidInput(
-        f"classify: seed must be a whole number of at least 0, a SeedSequence or a Generator; got {seed!r}"
-    )

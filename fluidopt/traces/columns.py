@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,35 @@ Clock = Literal["calendar", "s", "ms", "us", "ns"]
 PER_SECOND: dict[Clock, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 REASONS_KEPT = 5
 """Of the lines left out, the faults of this many are kept."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a file has the times, the token counts and the label: in which columns, or under which keys."""
+
+    time: str
+    prompt: str
+    output: str
+    _: KW_ONLY
+    label: str | None = None
+    """Of labels, which a file may lack, as it may lack the next two."""
+    first_token: str | None = None
+    """Of the times at which first tokens came; empty, null or NaN where unknown."""
+    finish: str | None = None
+    """Of the times at which last tokens came, in the same way."""
+    clock: Clock | None = None
+    """What the times are; None: timestamps if the first one is, else seconds."""
+
+    @property
+    def required(self) -> tuple[str, str, str]:
+        """What a file must have."""
+        return self.time, self.prompt, self.output
+
+    @property
+    def optional(self) -> dict[str, str]:
+        """What a file may have, by the names in `Columns`."""
+        named = {"label": self.label, "first_token": self.first_token, "finish": self.finish}
+        return {name: where for name, where in named.items() if where is not None}
 
 
 @dataclass(frozen=True)

@@ -11,41 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidopt.traces import fields
-from fluidopt.traces.columns import PER_SECOND, Clock, Columns, Growing, Reading, check_order, clock_of
+from fluidopt.traces.columns import PER_SECOND, Clock, Columns, Growing, Layout, Reading, check_order, clock_of
 from fluidopt.traces.fields import Fault, shown
 from fluidopt.traces.lines import Chunk
 
 
 @dataclass(frozen=True)
-class JsonLayout:
-    """Which keys of a file with a JSON object per line hold the times, the token counts and the label."""
+class JsonLayout(Layout):
+    """Which keys of a file with a JSON object per line hold the times, the token counts and the label.
 
-    time: str
-    prompt: str
-    output: str
+    Which of the optional keys a file has, its first line tells.
+    """
+
     _: KW_ONLY
-    label: str | None = None
-    """Key of labels. Whether a file has it, and the next two, its first line tells."""
-    first_token: str | None = None
-    """Key of the times at which first tokens came; null or NaN where unknown."""
-    finish: str | None = None
-    """Key of the times at which last tokens came, in the same way."""
-    clock: Clock | None = None
-    """What the times are; None: timestamps if the first one is, else seconds."""
     engine_queued: str | None = None
     """Key of the time at which the engine queued a request, where ``first_token`` and ``finish`` are on the engine's
     own clock, as it is; they are then moved to the clock of ``time``."""
-
-    @property
-    def required(self) -> tuple[str, str, str]:
-        """The keys that a line must have."""
-        return self.time, self.prompt, self.output
-
-    @property
-    def optional(self) -> dict[str, str]:
-        """The keys that a file may have, by their names in `Columns`."""
-        named = {"label": self.label, "first_token": self.first_token, "finish": self.finish}
-        return {name: key for name, key in named.items() if key is not None}
 
     def recognises(self, head: str) -> bool:
         """Whether the first line is a JSON object with at least two of the three required keys."""

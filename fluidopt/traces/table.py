@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,38 +22,14 @@ from numpy.typing import NDArray
 
 from fluidopt.traces import fields
 from fluidopt.traces.checks import MOST_TOKENS
-from fluidopt.traces.columns import PER_SECOND, Clock, Columns, Growing, Reading, check_order, clock_of
+from fluidopt.traces.columns import PER_SECOND, Clock, Columns, Growing, Layout, Reading, check_order, clock_of
 from fluidopt.traces.fields import Fault, shown
 from fluidopt.traces.lines import Chunk
 
 
 @dataclass(frozen=True)
-class CsvLayout:
+class CsvLayout(Layout):
     """Which columns of a comma-separated file with a header hold the times, the token counts and the label."""
-
-    time: str
-    prompt: str
-    output: str
-    _: KW_ONLY
-    label: str | None = None
-    """Column of labels, which a file may lack, as it may lack the next two."""
-    first_token: str | None = None
-    """Column of the times at which first tokens came; empty or NaN where unknown."""
-    finish: str | None = None
-    """Column of the times at which last tokens came, in the same way."""
-    clock: Clock | None = None
-    """What the times are; None: timestamps if the first one is, else seconds."""
-
-    @property
-    def required(self) -> tuple[str, str, str]:
-        """The columns that a file must have."""
-        return self.time, self.prompt, self.output
-
-    @property
-    def optional(self) -> dict[str, str]:
-        """The columns that a file may have, by their names in `Columns`."""
-        named = {"label": self.label, "first_token": self.first_token, "finish": self.finish}
-        return {name: column for name, column in named.items() if column is not None}
 
     def recognises(self, head: str) -> bool:
         """Whether a header has at least two of the three required columns (a missing one is then named)."""
