@@ -41,12 +41,13 @@ from .simulation.result import SimulationResult
 from .simulation.statistics import Estimate
 from .solvers import Certificate, SolverOptions
 from .solvers.warm import Resolved, ResolvedMany, Solver
-from .studies.chunk_size import ChunkChoice, optimal_chunk
 from .studies.classes import ClassStudy, class_study
 from .studies.convergence import ConvergenceStudy, FleetPoint, convergence_study
 from .studies.frontier import Frontier, frontier
 from .studies.frontier_figure import plot_frontiers
-from .studies.hardware import (
+from .studies.hardware.chunk_size import ChunkChoice, optimal_chunk
+from .studies.hardware.figures import plot_hardware, plot_landscape
+from .studies.hardware.study import (
     GPUComparison,
     HardwareStudy,
     HardwareUpgrades,
@@ -54,11 +55,10 @@ from .studies.hardware import (
     hardware_study,
     hardware_upgrades,
 )
-from .studies.hardware_figures import plot_hardware, plot_landscape
 from .studies.optimum import OptimumStudy, optimum_study
 from .studies.policy_study import InstanceOutcome, InstanceRanges, PolicyStudy, policy_study
-from .studies.price_search import ElasticDemand, OptimalPrices, elastic_demand, optimal_prices
-from .studies.prices import PriceCurve, PriceStudy, price_curve, price_study
+from .studies.prices.curves import PriceCurve, PriceStudy, price_curve, price_study
+from .studies.prices.search import ElasticDemand, OptimalPrices, elastic_demand, optimal_prices
 from .studies.replays import ReplayStudy, plot_replays, replay_study
 from .studies.robustness import (
     Disturbance,
@@ -68,13 +68,13 @@ from .studies.robustness import (
     threshold_policy,
 )
 from .studies.schedule import Schedule, plan_schedule
-from .studies.sensitivity import ParameterSensitivity, Sensitivity, sensitivity
-from .studies.sensitivity_curve import SensitivityCurve, sensitivity_curve
-from .studies.sensitivity_global import GlobalSensitivity, global_sensitivity
-from .studies.sizing import FleetSize, size_fleet
+from .studies.sensitivity.curve import SensitivityCurve, sensitivity_curve
+from .studies.sensitivity.local import ParameterSensitivity, Sensitivity, sensitivity
+from .studies.sensitivity.variance import GlobalSensitivity, global_sensitivity
+from .studies.sizing.fleet import FleetSize, size_fleet
+from .studies.sizing.trace import TraceSize, size_trace
+from .studies.sizing.trace_bound import Promise, TraceBound, trace_bound
 from .studies.sweep import sweep
-from .studies.trace_bound import Promise, TraceBound, trace_bound
-from .studies.trace_sizing import TraceSize, size_trace
 from .traces import Classification, Trace, classify, read_trace
 from .traces.figure import plot_trace
 from .workload import TokenPrices, Workload, WorkloadClass

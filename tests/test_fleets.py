@@ -15,8 +15,8 @@ from strategies import CHARGING, build, gpus, impatient_workloads, log_floats, l
 import fluidopt as fo
 from fluidopt.reference import QWEN_4B_A100, QWEN_8B_A100, reference_model, reference_workload
 from fluidopt.solvers import solve_program
-from fluidopt.studies.fleet_problem import formulate
-from fluidopt.studies.sizing import FleetSize, size_fleet
+from fluidopt.studies.sizing.fleet import FleetSize, size_fleet
+from fluidopt.studies.sizing.problem import formulate
 
 PRICES = fo.TokenPrices(prompt=0.1, output=0.2)
 A100 = fo.GPU(QWEN_8B_A100, batch_size=16, chunk_size=256, name="a100", hourly_price=2.0)

@@ -14,10 +14,10 @@ import fluidopt as fo
 from fluidopt.data import known_gpu, known_gpus
 from fluidopt.solvers.knapsack import solve_capacity
 from fluidopt.solvers.structured import capacity_problem
-from fluidopt.studies.chunk_size import optimal_chunk
-from fluidopt.studies.hardware import chunk_slope, compare_gpus, hardware_study, hardware_upgrades, user_tpot
-from fluidopt.studies.hardware_figures import plot_hardware, plot_landscape
-from fluidopt.studies.hardware_values import price_bound
+from fluidopt.studies.hardware.chunk_size import optimal_chunk
+from fluidopt.studies.hardware.figures import plot_hardware, plot_landscape
+from fluidopt.studies.hardware.study import chunk_slope, compare_gpus, hardware_study, hardware_upgrades, user_tpot
+from fluidopt.studies.hardware.values import price_bound
 
 TPOT = fo.SlotTPOT(at_most=0.0235)
 

@@ -10,8 +10,8 @@ from strategies import random_models
 
 import fluidopt as fo
 from fluidopt.reference import reference_model
-from fluidopt.studies.price_search import elastic_demand, optimal_prices
-from fluidopt.studies.prices import PriceLine, price_curve, price_study
+from fluidopt.studies.prices.curves import PriceLine, price_curve, price_study
+from fluidopt.studies.prices.search import elastic_demand, optimal_prices
 
 CHARGING = ["bundled", "separate"]
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import fluidopt as fo
 from fluidopt.cli.sensitivity import sensitivity as command
 from fluidopt.reference import reference_model
-from fluidopt.studies.sensitivity import Sensitivity, sensitivity
-from fluidopt.studies.sensitivity_curve import SensitivityCurve, sensitivity_curve
-from fluidopt.studies.sensitivity_global import GlobalSensitivity, global_sensitivity
-from fluidopt.studies.sensitivity_parameters import parameters_of
+from fluidopt.studies.sensitivity.curve import SensitivityCurve, sensitivity_curve
+from fluidopt.studies.sensitivity.local import Sensitivity, sensitivity
+from fluidopt.studies.sensitivity.parameters import parameters_of
+from fluidopt.studies.sensitivity.variance import GlobalSensitivity, global_sensitivity
 
 pytestmark = pytest.mark.filterwarnings("ignore::fluidopt.errors.ContentionWarning")
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from fluidopt.studies.sensitivity import Sensitivity
-    from fluidopt.studies.sensitivity_curve import SensitivityCurve
+    from fluidopt.studies.sensitivity.curve import SensitivityCurve
+    from fluidopt.studies.sensitivity.local import Sensitivity
 
 Names = Annotated[
     list[str] | None,
@@ -44,8 +44,8 @@ def sensitivity(
     The optimum as a function of one parameter: fluidopt sensitivity scenario.toml --parameter chunk_size --lower 16
     --upper 1024
     """
-    from fluidopt.studies.sensitivity import sensitivity as local
-    from fluidopt.studies.sensitivity_curve import sensitivity_curve
+    from fluidopt.studies.sensitivity.curve import sensitivity_curve
+    from fluidopt.studies.sensitivity.local import sensitivity as local
 
     if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(figure)!r}")

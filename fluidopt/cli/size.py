@@ -14,7 +14,7 @@ from fluidopt.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fluidopt.studies.trace_sizing import TraceSize
+    from fluidopt.studies.sizing.trace import TraceSize
 
 Types = Annotated[
     list[str] | None,
@@ -50,7 +50,7 @@ def size(
 
     Example: fluidopt size trace.csv --ttft 2 --tpot 0.05 --gpu llama-3.1-8b/h100-sxm
     """
-    from fluidopt.studies.trace_sizing import size_trace
+    from fluidopt.studies.sizing.trace import size_trace
     from fluidopt.traces import read_trace
 
     # What may be written is checked before what takes time.

@@ -21,7 +21,7 @@ from fluidopt.program import Array, Lowering
 from fluidopt.scenario import Scenario
 from fluidopt.service_levels import ServiceLevel, names_of
 from fluidopt.solvers.along import UNCERTIFIED, Bound, ProgramsAlong
-from fluidopt.studies.sensitivity_parameters import ModelParameter, checked_model, find_parameters, in_symbols
+from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
 from fluidopt.studies.sweep import built_quietly
 from fluidopt.tables import html, number, shorten, text
 

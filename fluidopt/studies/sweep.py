@@ -25,7 +25,7 @@ from fluidopt.scenario import Scenario
 from fluidopt.simulation.statistics import Estimate
 from fluidopt.solvers.graph import is_linear
 from fluidopt.solvers.warm import Solver
-from fluidopt.studies.sensitivity_parameters import ModelParameter, find_parameters
+from fluidopt.studies.sensitivity.parameters import ModelParameter, find_parameters
 from fluidopt.studies.sweep_store import Outcome, Store
 from fluidopt.tables import shorten
 

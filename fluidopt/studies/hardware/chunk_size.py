@@ -25,7 +25,7 @@ from fluidopt.plan import Plan
 from fluidopt.program import Array
 from fluidopt.solvers.knapsack import CapacityProblem, applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
-from fluidopt.studies.hardware_values import Performance, gpu_number, paired, performance, price_bound, with_gpu
+from fluidopt.studies.hardware.values import Performance, gpu_number, paired, performance, price_bound, with_gpu
 from fluidopt.tables import html, number, text
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class ChunkChoice:
 
     def plot(self) -> Figure:
         """Revenue and time per token over the chunk."""
-        from fluidopt.studies.hardware_figures import plot_chunks
+        from fluidopt.studies.hardware.figures import plot_chunks
 
         return plot_chunks(self)
 

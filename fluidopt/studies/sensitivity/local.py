@@ -15,14 +15,14 @@ from fluidopt.model import FluidModel
 from fluidopt.plan import Plan
 from fluidopt.program import LinearProgram, Lowering
 from fluidopt.solvers import solve_program
-from fluidopt.studies.sensitivity_parameters import (
+from fluidopt.studies.sensitivity.parameters import (
     ModelParameter,
     checked_model,
     find_parameters,
     in_symbols,
     parameters_of,
 )
-from fluidopt.studies.sensitivity_tangent import Optimum, Slopes
+from fluidopt.studies.sensitivity.tangent import Optimum, Slopes
 from fluidopt.tables import html, number, text
 
 if TYPE_CHECKING:
@@ -170,13 +170,13 @@ class Sensitivity:
 
     def tornado(self, change: float = 0.1) -> Figure:
         """R* where each parameter alone moves by a share of itself, the largest swings on top."""
-        from fluidopt.studies.sensitivity_figures import plot_tornado
+        from fluidopt.studies.sensitivity.figures import plot_tornado
 
         return plot_tornado(self, change=change)
 
     def spider(self, change: float = 0.5) -> Figure:
         """R* against the relative change of each parameter, as exact curves."""
-        from fluidopt.studies.sensitivity_figures import plot_spider
+        from fluidopt.studies.sensitivity.figures import plot_spider
 
         return plot_spider(self, change=change)
 

@@ -10,16 +10,16 @@ import numpy as np
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_number
 from fluidopt.plots import DARK, INK, LIGHT, MIDDLE, _figure, _panel, _title
-from fluidopt.studies.sensitivity_curve import SensitivityCurve, sensitivity_curve
-from fluidopt.studies.sensitivity_parameters import ModelParameter, find_parameters
+from fluidopt.studies.sensitivity.curve import SensitivityCurve, sensitivity_curve
+from fluidopt.studies.sensitivity.parameters import ModelParameter, find_parameters
 from fluidopt.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fluidopt.studies.sensitivity import Sensitivity
-    from fluidopt.studies.sensitivity_global import GlobalSensitivity
+    from fluidopt.studies.sensitivity.local import Sensitivity
+    from fluidopt.studies.sensitivity.variance import GlobalSensitivity
 
 MOST_BARS, MOST_LINES = 15, 7
 # Told apart in grey by dash and brightness, at their ends by name.

@@ -18,7 +18,7 @@ from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.simulation.experiment import checked_seed
 from fluidopt.solvers.warm import Solver
-from fluidopt.studies.sensitivity_parameters import ModelParameter, checked_model, find_parameters
+from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters
 from fluidopt.tables import html, number, text
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class GlobalSensitivity:
 
     def plot(self) -> Figure:
         """Indices with their intervals, the most important parameter on top."""
-        from fluidopt.studies.sensitivity_figures import plot_global
+        from fluidopt.studies.sensitivity.figures import plot_global
 
         return plot_global(self)
 

@@ -1,7 +1,7 @@
 """The best token prices where demand answers to them: a search of all ratios of a budget, with a bound.
 
-Without an answer there is nothing to search: revenue is convex in the prices (`fluidopt.studies.prices`), and an end of
-the budget is best.
+Without an answer there is nothing to search: revenue is convex in the prices (`fluidopt.studies.prices.curves`), and an
+end of the budget is best.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fluidopt.model import FluidModel
 from fluidopt.plan import Plan
 from fluidopt.program import Array
 from fluidopt.service_levels import KVMemory, MeanTPOT, SlotTPOT
-from fluidopt.studies.prices import (
+from fluidopt.studies.prices.curves import (
     ROUNDING,
     SAME,
     Earned,
@@ -272,7 +272,7 @@ class OptimalPrices:
 
     def plot(self) -> Figure:
         """Revenue over the share of the budget on the prompt price, where it was solved, and the bound."""
-        from fluidopt.studies.price_figures import plot_optimal_prices
+        from fluidopt.studies.prices.figures import plot_optimal_prices
 
         return plot_optimal_prices(self)
 

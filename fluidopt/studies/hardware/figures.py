@@ -11,7 +11,7 @@ import numpy as np
 from fluidopt.errors import InvalidInput
 from fluidopt.plots import DARK, INK, LIGHT, MIDDLE, _figure, _panel, _shown_figure, _title
 from fluidopt.program import Array
-from fluidopt.studies.hardware import NUMBERS, HardwareStudy
+from fluidopt.studies.hardware.study import NUMBERS, HardwareStudy
 from fluidopt.tables import number
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
-    from fluidopt.studies.chunk_size import ChunkChoice
-    from fluidopt.studies.hardware import GPUComparison
+    from fluidopt.studies.hardware.chunk_size import ChunkChoice
+    from fluidopt.studies.hardware.study import GPUComparison
 
 MOST_COLUMNS = 5
 STYLES = ("-", "--", ":")

@@ -17,8 +17,8 @@ from fluidopt.inputs import is_number
 from fluidopt.model import FluidModel
 from fluidopt.plan import Plan
 from fluidopt.program import Array
-from fluidopt.studies.fleet_problem import SECONDS_PER_HOUR
-from fluidopt.studies.hardware_values import Performance, gpu_number, paired, performance, with_gpu
+from fluidopt.studies.hardware.values import Performance, gpu_number, paired, performance, with_gpu
+from fluidopt.studies.sizing.problem import SECONDS_PER_HOUR
 from fluidopt.tables import html, number, shorten, text
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class HardwareStudy:
         Raises:
             InvalidInput: the study has more than two numbers, or offers are given for one that is no landscape.
         """
-        from fluidopt.studies.hardware_figures import plot_hardware, plot_landscape
+        from fluidopt.studies.hardware.figures import plot_hardware, plot_landscape
 
         if len(self.axes) == 2:
             return plot_landscape(self, offers=offers)

@@ -24,7 +24,7 @@ from fluidopt.scenario import Charging
 from fluidopt.service_levels import CompletionFloor, ServiceLevel, SlotTPOT
 from fluidopt.solvers import Certificate, Solution, SolverOptions, certify, solve_program
 from fluidopt.solvers.infeasible import conflict
-from fluidopt.studies.fleet_problem import ARRIVALS, FLEET, SECONDS_PER_HOUR, FleetProblem, Formulated, formulate
+from fluidopt.studies.sizing.problem import ARRIVALS, FLEET, SECONDS_PER_HOUR, FleetProblem, Formulated, formulate
 from fluidopt.tables import bullets, html, number, shorten, text
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from fluidopt.plots import DARK, INK, MIDDLE, _figure, _panel, _title
 from fluidopt.program import Array
-from fluidopt.studies.price_search import OptimalPrices
-from fluidopt.studies.prices import PriceStudy
+from fluidopt.studies.prices.curves import PriceStudy
+from fluidopt.studies.prices.search import OptimalPrices
 from fluidopt.tables import number
 
 if TYPE_CHECKING:

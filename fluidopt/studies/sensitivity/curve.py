@@ -27,8 +27,8 @@ from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
 from fluidopt.solvers import Solution, certify, held, highs
 from fluidopt.solvers.scaling import scale
-from fluidopt.studies.sensitivity_parameters import ModelParameter, checked_model, find_parameters, in_symbols
-from fluidopt.studies.sensitivity_tangent import tangent
+from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
+from fluidopt.studies.sensitivity.tangent import tangent
 from fluidopt.tables import html, number, text
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class SensitivityCurve:
 
     def plot(self) -> Figure:
         """The curve with its kinks, and its derivative below."""
-        from fluidopt.studies.sensitivity_figures import plot_curve
+        from fluidopt.studies.sensitivity.figures import plot_curve
 
         return plot_curve(self)
 

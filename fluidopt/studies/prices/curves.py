@@ -5,7 +5,7 @@ is the largest of many linear functions: convex, and homogeneous, R*(t c) = t R*
 follow. Along ``a c_p + b c_d = k`` (a = b = 1 in [L26] section 6.3) revenue is a chain of straight pieces, one plan
 each, which a few solves give exactly; and its maximum is at an end: all on the prompt, or all on the output. Only a
 demand that answers to prices makes anything between best. Then ``R(c) = R*(c, lambda(c))`` has no shape one could rely
-on, and `fluidopt.studies.price_search` searches it all, with a bound.
+on, and `fluidopt.studies.prices.search` searches it all, with a bound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fluidopt.scenario import Charging
 from fluidopt.solvers.knapsack import applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
 from fluidopt.solvers.warm import Solver
-from fluidopt.studies.hardware_values import check_revenue, price_bound
+from fluidopt.studies.hardware.values import check_revenue, price_bound
 from fluidopt.tables import html, number, text
 from fluidopt.workload import TokenPrices
 
@@ -365,7 +365,7 @@ class PriceStudy:
 
     def plot(self) -> Figure:
         """Revenue, decode queue and wasted prefills over the share of the budget on the prompt price."""
-        from fluidopt.studies.price_figures import plot_prices
+        from fluidopt.studies.prices.figures import plot_prices
 
         return plot_prices(self)
 

@@ -16,8 +16,8 @@ from fluidopt.contention import GPU
 from fluidopt.errors import InfeasibleModel, InvalidInput
 from fluidopt.inputs import is_number, is_whole
 from fluidopt.service_levels import CompletionFloor, MeanTPOT
-from fluidopt.studies.sizing import FleetSize, size_fleet
-from fluidopt.studies.trace_bound import Promise, TraceBound, price_of, trace_bound
+from fluidopt.studies.sizing.fleet import FleetSize, size_fleet
+from fluidopt.studies.sizing.trace_bound import Promise, TraceBound, price_of, trace_bound
 from fluidopt.tables import html, number, text
 from fluidopt.traces.trace import Trace
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass

@@ -1,0 +1,1 @@
+"""Sensitivity of a model's revenue: derivatives with their sides, exact curves, shares of variance."""
