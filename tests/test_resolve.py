@@ -48,6 +48,41 @@ def test_changed_rates_start_warm_and_equal_a_fresh_solve(random):
         assert found.certificate.holds(1e-9)
 
 
+def test_arrivals_that_stop_leave_nothing_to_earn():
+    """The optimum is then 0, against which all that rounding leaves of a warm start is large."""
+    curve = fo.IterationTime(alpha=0.02, beta=1e-5, solo=0.02)
+
+    def gpu(name, share, batch, slots):
+        modes = (
+            fo.Mode("decode 1", decode_slots=slots[0], iteration_time=0.09294180390325003),
+            fo.Mode("prefill 0", chunk=53, iteration_time=0.06898165158315453),
+            fo.Mode("prefill 1", chunk=1, decode_slots=10, iteration_time=0.01771207556031101),
+            fo.Mode("decode 0", decode_slots=slots[1], iteration_time=0.023229950328583982),
+            fo.Mode("idle"),
+        )
+        return fo.GPU(curve, batch_size=batch, chunk_size=256, name=name, share=share, operating_modes=modes)
+
+    shapes = [
+        (0.0, 3019.4945680241676, 2754.579202559029, 0.008049327531550706),
+        (1.0, 54.598150033144236, 2791.0498777674006, 1.0),
+        (1.0, 3302.5942618559407, 2492.2821815003495, 0.03025235410127297),
+        (1.0, 25.919092620921482, 327.07373118822295, 1.0),
+        (0.0, 54.598150033144236, 430.3755141502376, 0.03138675634312844),
+    ]
+    names = ("arrival_rate", "prompt_tokens", "output_tokens", "abandonment_rate")
+    model = fo.FluidModel(
+        [fo.WorkloadClass(f"class {at}", **dict(zip(names, shape, strict=True))) for at, shape in enumerate(shapes)],
+        [gpu("small", 0.33241867115643786, 11, (1, 1)), gpu("large", 0.6675813288435621, 24, (21, 16))],
+        prices=fo.TokenPrices(prompt=0.8876280794949614, output=0.0017555031790829536),
+        charging="separate",
+    )
+    solver = fo.Solver(model)
+    solver.solve()
+    stopped = solver.solve({"lambda": 0.0})
+    assert stopped.objective == pytest.approx(0.0, abs=1e-9)
+    assert stopped.certificate.holds(1e-7)
+
+
 def test_changes_add_up():
     solver = fo.Solver(reference_model())
     rates = np.array([0.4, 0.6])

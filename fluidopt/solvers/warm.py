@@ -147,23 +147,33 @@ class Solver:
         if start == "warm" and (same := self._same_basis()) is not None:
             return same
         self._hand_over()
+        start, solution = self._run(start)
+        self._basis = self._read_basis()
+        return Resolved(self._held(), held(solution, self._tolerance), start)
+
+    def _run(self, start: str) -> tuple[str, Solution]:
+        """Run HiGHS from where it is; where a warm start ends in no answer, or in one that fails, from nothing.
+
+        A warm answer fails where the optimum is 0, say when arrivals stop: what rounding leaves is then all there is.
+        """
         program = self._held()
         if start == "warm" and program.shape[0] > highs.SIMPLEX_ROWS:
             start = self._run_large()
         else:
             highs.run(self._highs)
-        try:
-            values, duals = highs.read(self._highs, self._scaling, self._method)
-        except SolverFailure:
-            if start != "warm":
-                raise
+        if start == "warm":
+            with contextlib.suppress(SolverFailure):
+                solution = self._read()
+                if solution.certificate.holds(self._tolerance):
+                    return start, solution
             self._load(program)
             start = "cold: simplex from the last basis failed"
             highs.run(self._highs)
-            values, duals = highs.read(self._highs, self._scaling, self._method)
-        self._basis = self._read_basis()
-        solution = Solution(values, duals, self._certifier(program, values, duals), f"HiGHS {self._method}")
-        return Resolved(program, held(solution, self._tolerance), start)
+        return start, self._read()
+
+    def _read(self) -> Solution:
+        values, duals = highs.read(self._highs, self._scaling, self._method)
+        return Solution(values, duals, self._certifier(self._held(), values, duals), f"HiGHS {self._method}")
 
     def _same_basis(self) -> Resolved | None:
         """The last basis on the present numbers, if its solution passes; HiGHS is not asked then."""
