@@ -319,7 +319,7 @@ def linear_terms(expression: Expr, bases: frozenset[Expr]) -> tuple[Term, ...]:
 def _terms(
     expression: Expr, bases: frozenset[Expr], factor: Expr, bound: tuple[Symbol, ...], taken: frozenset[Expr]
 ) -> Iterator[Term]:
-    if not _uses(expression, bases):
+    if not uses(expression, bases):
         while isinstance(expression, Sum):
             expression, factor, bound = _enter(expression, factor, bound, taken)
         yield Term(factor * expression, None, bound)
@@ -329,7 +329,7 @@ def _terms(
         for part in expression.args:
             yield from _terms(part, bases, factor, bound, taken)
     elif isinstance(expression, sympy.Mul):
-        with_variables = [part for part in expression.args if _uses(part, bases)]
+        with_variables = [part for part in expression.args if uses(part, bases)]
         if len(with_variables) > 1:
             raise InvalidInput(f"{expression} multiplies variables with each other, so it is not linear")
         others = sympy.Mul(*(part for part in expression.args if part is not with_variables[0]))
@@ -353,7 +353,8 @@ def _enter(
     return inner, factor, bound
 
 
-def _uses(expression: Expr, bases: Collection[Expr]) -> bool:
+def uses(expression: Expr, bases: Collection[Expr]) -> bool:
+    """Whether a symbol of ``bases``, indexed or not, occurs in ``expression``."""
     return any(base_of(member) in bases for member in expression.atoms(Indexed, Symbol))
 
 
@@ -439,10 +440,10 @@ class PlainPrinter(StrPrinter):  # type: ignore[misc]
         return repr(float(expression))
 
     def _print_Indexed(self, expression: Indexed) -> str:
-        return f"{expression.base}[{', '.join(_index_texts(self.program, expression, self._print))}]"
+        return f"{expression.base}[{', '.join(index_texts(self.program, expression, self._print))}]"
 
 
-def _index_texts(program: SymbolicProgram, expression: Indexed, show: Callable[[Expr], str]) -> list[str]:
+def index_texts(program: SymbolicProgram, expression: Indexed, show: Callable[[Expr], str]) -> list[str]:
     """Each index as text: the label of a fixed member, else the letter."""
     quantities: tuple[Variable | Parameter, ...] = (*program.variables, *program.parameters)
     kind = next((each for each in quantities if each.symbol == expression.base), None)
@@ -483,7 +484,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         if top.args[0] == -1:
             return f"- {self._print(-top)}"
         return " ".join(
-            self._print(part) for part in sorted(top.args, key=lambda part: (_uses(part, names), str(part)))
+            self._print(part) for part in sorted(top.args, key=lambda part: (uses(part, names), str(part)))
         )
 
     def _print_Symbol(self, expression: Symbol, style: str = "plain") -> str:
@@ -496,7 +497,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
 
     def _print_Indexed(self, expression: Indexed) -> str:
         stem, _, mark = str(expression.base).partition("_")
-        texts = _index_texts(self.program, expression, self._print)
+        texts = index_texts(self.program, expression, self._print)
         indices = [
             text if isinstance(index, Symbol) else rf"\text{{{escaped(text)}}}"
             for index, text in zip(expression.indices, texts, strict=True)

@@ -10,10 +10,15 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 import fluidopt as fo
+from benchmarks.frontier import CvxpyLoop, timed
+from benchmarks.resolve import random_model
+from fluidopt.solvers.along import Bound, ProgramsAlong
 from fluidopt.studies.frontier import Frontier, frontier
 from fluidopt.studies.frontier_figure import plot_frontiers
+from fluidopt.studies.sensitivity.parameters import in_symbols
 
 MODEL = fo.reference_model()
 LEVELS = [
@@ -134,6 +139,32 @@ def test_a_range_without_a_plan_is_shown_as_such_with_the_least_feasible_bound()
     assert str(nothing)
 
 
+@pytest.mark.parametrize("at", [3, 5, 8, 9, 10])
+def test_the_tightest_bound_is_that_of_a_program_that_minimises_it(at):
+    """Of a right side, rows are linear in plan and bound together."""
+    level, field = LEVELS[at], field_of(LEVELS[at])
+    sides = [promising(MODEL, replace(level, **{field: bound})).program() for bound in (0.25, 0.75)]
+    program, rows, bounds = sides[0], [], []
+    for sign, ends in ((1.0, [each.row_upper for each in sides]), (-1.0, [each.row_lower for each in sides])):
+        there = np.isfinite(ends[0])
+        slope = (ends[1][there] - ends[0][there]) / 0.5
+        rows.append(sign * np.column_stack([program.matrix.toarray()[there], -slope]))
+        bounds.append(sign * (ends[0][there] - 0.25 * slope))
+    found = frontier(MODEL, level, points=2).promises[0]
+    cost = np.append(np.zeros(program.shape[1]), float(found.loosens))
+    expected = linprog(cost, np.concatenate(rows), np.concatenate(bounds))
+    assert found.least_feasible == pytest.approx(expected.x[-1], rel=1e-8)
+
+
+def test_the_tightest_bound_where_rows_ask_nothing_of_classes_that_are_not_served():
+    floor = fo.CompletionFloor(share=0.5, classes=("decode-heavy",))
+    model = promising(MODEL, floor)
+    found = frontier(model, fo.MeanTPOT(at_most=1.0), points=3).promises[0]
+    for step in (-1e-6, 1e-6):
+        there = earned(MODEL, floor, fo.MeanTPOT(at_most=found.least_feasible * (1 + step)), solver="highs")
+        assert np.isnan(there) == (step < 0)
+
+
 def test_a_level_that_never_binds_costs_nothing():
     found = frontier(MODEL, fo.KVTransfer(at_most=1.0))  # no GPU prefills only
     np.testing.assert_allclose(found.revenue_rate, MODEL.solve().revenue_rate)
@@ -178,6 +209,61 @@ def test_random_models_solves_concavity_and_prices_that_bound(model, level):
         prices = np.asarray(found.points["shadow_price"])
         tangents = revenue[:, None] + prices[:, None] * (bounds - bounds[:, None])
         assert (tangents >= revenue - 1e-6 * size).all()
+
+
+def test_kinks_of_a_smooth_curve_are_where_central_differences_jump():
+    model = random_model(10)
+    found = frontier(model, LEVELS[2], points=60)
+    assert not found.piecewise_linear
+    assert len(found.kinks) >= 4
+    step = 1e-6 * (found.kinks[-1].bound - found.kinks[0].bound)
+    for kink in found.kinks:
+        below, at, above = (
+            earned(model, replace(LEVELS[2], at_most=kink.bound + side * step), solver="highs") for side in (-1, 0, 1)
+        )
+        assert (at - below) / step == pytest.approx(kink.price_below, rel=1e-3)
+        assert (above - at) / step == pytest.approx(kink.price_above, rel=1e-3, abs=1e-3 * kink.price_below)
+        assert kink.price_above < kink.price_below * (1 - 1e-3)
+    # between kinks there is no other: the price changes no faster than the curve bends at the ends of each piece
+    bounds, price = np.asarray(found.points["slot_tpot"]), np.asarray(found.points["shadow_price"])
+    piece = np.searchsorted([kink.bound for kink in found.kinks], bounds)
+    inside = np.diff(piece) == 0
+    assert np.abs(np.diff(price)[inside]).max() < 0.05 * min(
+        each.price_below - each.price_above for each in found.kinks
+    )
+
+
+def test_a_basis_reaches_to_where_another_one_takes_over():
+    model = promising(MODEL, LEVELS[2])
+    name = "bound_slot_tpot"
+    bound = next(each for each in model.symbolic.parameters if each.name == name)
+    programs = ProgramsAlong(*in_symbols(model), [Bound(name, bound)])
+    start, end = np.array([0.0243]), np.array([0.0221])
+    number = int(programs.solve(start[None]).basis[0])
+    last, first = programs.reach(number, start, end, fine=1e-9)
+    assert 0 < last < first < 1
+    assert first - last <= 1e-9
+    assert programs.with_basis(number, (start + last * (end - start))[None]) is not None
+    assert programs.with_basis(number, (start + first * (end - start))[None]) is None
+    kinks = [each.bound for each in frontier(MODEL, LEVELS[2], bounds=(0.0221, 0.0243)).kinks]
+    assert np.abs(np.array(kinks) - (start + last * (end - start))).min() < 1e-8
+    assert programs.reach(number, start, start - 1e-6, fine=1e-9) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("level", [LEVELS[0], LEVELS[2]], ids=["right side", "coefficient"])
+def test_ten_thousand_points_cost_a_small_part_of_a_cvxpy_loop(level):
+    """Ratio in one run; measured 60 to 300, and asked for 30."""
+    model = random_model(10)
+    times = []
+    for _ in range(3):
+        seconds, found = timed(lambda: frontier(model, level, points=10_000))
+        times.append(seconds)
+    loop = CvxpyLoop(model, [], level)
+    bounds = np.asarray(found.points[level.kind])[100::500].tolist()
+    loop.at_bound(bounds[0])
+    seconds, expected = timed(lambda: [loop.at_bound(at) for at in bounds])
+    np.testing.assert_allclose(found.revenue_rate[100::500], expected, rtol=1e-5, atol=1e-5 * max(expected))
+    assert 10_000 * seconds / len(bounds) > 30 * min(times)
 
 
 # ---- two promises -------------------------------------------------------------------------------------------------

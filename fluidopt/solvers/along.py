@@ -7,7 +7,7 @@ cost of a small inverse, and whose certificate holds is done. Thousands of value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,18 +18,18 @@ from scipy import sparse
 from fluidopt.algebra import Parameter, RowFamily, SymbolicProgram
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
-from fluidopt.solvers import highs, solve_program
-from fluidopt.solvers.bases import EXACT, Basis
-from fluidopt.solvers.certificate import ROUNDING, Certifier, Solution, certify
-from fluidopt.solvers.scaling import scale
+from fluidopt.solvers.alike import solved_with_basis
+from fluidopt.solvers.bases import EXACT, Basis, suits
+from fluidopt.solvers.certificate import Solution, SolverOptions
+from fluidopt.solvers.moved import MovedCertifier, together
 
 # Matrices are kept dense; beyond this many entries a basis costs more to invert than its program to solve.
 MOST_ENTRIES = 4_000_000
 # Numbers in a stack of matrices at once.
 MOST_STACKED = 8_000_000
 NO_PLAN, UNCERTIFIED = -1, -2
-# Points that are offered a basis together; beyond so many, threads of the linear algebra get into each other's way.
-FIRST_WINDOW, MOST_WINDOW = 8, 256
+# Points at which a basis is tried at once where its end is looked for.
+SECTIONS = 32
 TOLERANCE = 1e-7
 REMEMBERED = 3
 
@@ -169,21 +169,78 @@ class ProgramsAlong:
             InfeasibleModel: the objective has no finite maximum.
         """
         batch = _Batch(self, at)
+        followed = set[int]()  # to their ends, of one bound: what lies beyond has other bases
         while (place := batch.open()) is not None:
             for number in self._recent[:REMEMBERED]:
-                if batch.offer(number, np.array([place])).all():
+                if number not in followed and batch.offer(number, np.array([place])).all():
                     break
             else:
                 self._solve_at(batch, place)
             if (number := int(batch.basis[place])) >= 0:
                 self._recent = [number, *(each for each in self._recent if each != number)]
                 batch.spread(number, place)
+                if len(self.bounds) == 1:
+                    followed.add(number)
         return self._solved(batch)
 
     def with_basis(self, number: int, at: Array) -> Solved | None:
         """The solutions at ``at``, shape (N, K), that a basis has; None where it is not optimal at all of them."""
         batch = _Batch(self, at)
         return self._solved(batch) if batch.offer(number, np.arange(len(at))).all() else None
+
+    def reach(self, number: int, start: Array, end: Array, *, fine: float) -> tuple[float, float]:
+        """How far a basis that is optimal at ``start``, shape (K,), stays so on the line to ``end``, shape (K,).
+
+        Found by sections, without solving a program: places of the line are offered the basis, many at a time.
+
+        Returns:
+            The last share of the way at which it was, and the first at which it was not, at most ``fine`` apart; both
+            1 where it is all the way.
+        """
+
+        def fits(shares: Array) -> NDArray[np.bool_]:
+            batch = _Batch(self, start + shares[:, None] * (end - start))
+            return batch.offer(number, np.arange(len(shares)))
+
+        return _sections(fits, fine)
+
+    def roomiest(self, at: Array, k: int) -> tuple[Array, float] | None:
+        """Values at ``at``, shape (K,), that keep the rows of bound ``k`` with most of it to spare, to first order, and
+        how much; None where there are none, or no such rows.
+        """
+        program, place = self.program(at), at[None]
+        found = self.solve(place)
+        if found.basis[0] < 0:
+            return None
+        room = np.abs(self._loosening(place, found.values, k)[0])
+        upper = np.isfinite(program.row_upper)
+        if not room.any() or (upper & np.isfinite(program.row_lower) & (room > 0)).any():
+            return None
+        spare = sparse.csc_array(np.where(upper, room, -room)[:, None])
+        roomy = replace(
+            program,
+            matrix=sparse.csc_array(sparse.hstack([program.matrix, spare])),
+            objective=np.append(np.zeros(program.shape[1]), 1.0),
+        )
+        self.programs_solved += 1
+        try:
+            solution, _ = solved_with_basis(roomy, SolverOptions(), TOLERANCE)
+        except (InfeasibleModel, SolverFailure):
+            return None
+        return solution.values[:-1], float(solution.values[-1])
+
+    def kept(self, values: Array, start: Array, end: Array, *, fine: float) -> tuple[float, float]:
+        """As `reach`, for how long ``values``, shape (columns,), keep all rows."""
+
+        def fits(shares: Array) -> NDArray[np.bool_]:
+            at = start + shares[:, None] * (end - start)
+            certifier = MovedCertifier(self._start, self._matrix, self._moving, self._moved(at))
+            lower, upper = self._sides(at)
+            many, none = np.tile(values, (len(at), 1)), np.zeros(lower.shape)
+            primal: Array = certifier.figures(lower, upper, np.zeros(many.shape), many, none)[0]
+            return primal <= EXACT
+
+        return _sections(fits, fine)
 
     def _solved(self, batch: _Batch) -> Solved:
         prices = np.stack([self._prices(batch, k) for k in range(len(self.bounds))], axis=1)
@@ -192,42 +249,46 @@ class ProgramsAlong:
     def _solve_at(self, batch: _Batch, place: int) -> None:
         """Solve one point from nothing, and remember the basis."""
         program = self.program(batch.at[place])
-        scaled, scaling = scale(program)
-        solver = highs.new_highs(scaled)
-        solver.setOptionValue("solver", "simplex")
-        highs.run(solver)
         self.programs_solved += 1
         try:
-            values, duals = highs.read(solver, scaling, "simplex")
+            solution, basis = solved_with_basis(program, SolverOptions(), TOLERANCE)
         except InfeasibleModel as error:
             if error.kind == "unbounded":
                 raise
             batch.close(place, NO_PLAN)
-            return
         except SolverFailure:
             batch.close(place, UNCERTIFIED)
-            return
-        try:
-            basis = Basis(program, solver.getBasis())
-            self.bases.append(_Pivot(basis, program.objective, batch.at[place], self._moving, self._slopes))
-        except np.linalg.LinAlgError:
-            self.bases.append(None)
-        if not batch.offer(len(self.bases) - 1, np.array([place])).all():
-            solution = Solution(values, duals, certify(program, values, duals), "HiGHS simplex", TOLERANCE)
-            if not solution.certificate.holds(TOLERANCE):
-                try:
-                    solution = solve_program(program, "highs")
-                except (SolverFailure, InfeasibleModel):  # so near an edge that rounding decides
-                    batch.close(place, UNCERTIFIED)
-                    return
-            batch.put(place, solution, len(self.bases) - 1)
+        else:
+            args = (program.objective, batch.at[place], self._moving, self._slopes)
+            pivot = None if basis is None else _Pivot(basis, *args)
+            self.bases.append(pivot)
+            if not batch.offer(len(self.bases) - 1, np.array([place])).all():
+                batch.put(place, solution, len(self.bases) - 1)
 
     def _prices(self, batch: _Batch, k: int) -> Array:
         """Envelope theorem: dual times d(right side - left side)/d(bound)."""
-        change = self._right_slopes(batch.at, k)
-        change[:, self._moving] -= batch.values @ self._slopes[k].T
-        prices: Array = (batch.duals * change).sum(axis=1)
+        prices: Array = (batch.duals * self._loosening(batch.at, batch.values, k)).sum(axis=1)
         return prices
+
+    def _loosening(self, at: Array, values: Array, k: int) -> Array:
+        """d(right side - left side)/d(bound k) of every row, shape (N, rows)."""
+        change = self._right_slopes(at, k)
+        change[:, self._moving] -= values @ self._slopes[k].T
+        return change
+
+
+def _sections(fits: Callable[[Array], NDArray[np.bool_]], fine: float) -> tuple[float, float]:
+    """The last share from 0 on at which ``fits`` holds, and the first at which it does not, at most ``fine`` apart;
+    both 1 where it holds all the way."""
+    last, first = 0.0, 1.0
+    while first - last > fine:
+        shares = np.linspace(last, first, SECTIONS + 1)[1:]
+        holds = fits(shares)
+        if holds.all() and first == 1.0:
+            return 1.0, 1.0
+        at = SECTIONS - 1 if holds.all() else int(np.argmin(holds))
+        last, first = float(shares[at - 1]) if at else last, float(shares[at])
+    return last, first
 
 
 class _Pivot:
@@ -253,8 +314,9 @@ class _Pivot:
         if self.changes.shape[1]:
             change = np.tensordot(step, self.changes, axes=1)  # (N, r, m)
             turned = np.linalg.inv(np.eye(change.shape[1]) + change @ self.carried)  # (N, r, r)
-            used = used - (turned @ (change @ used[:, :, None]))[:, :, 0] @ self.carried.T
-            prices -= ((self.prices_carried @ turned)[:, None] @ change)[:, 0] @ basis.inverse
+            missed = np.einsum("nrm,nm->nr", change, used)
+            used = used - np.einsum("nrs,ns->nr", turned, missed) @ self.carried.T
+            prices -= np.einsum("nr,nrm->nm", self.prices_carried @ turned, change) @ basis.inverse
         values, duals = np.zeros((len(at), columns)), np.zeros(lower.shape)
         values[:, basis.columns], duals[:, basis.tight] = used, prices
         return values, duals
@@ -288,24 +350,30 @@ class _Batch:
     def spread(self, number: int, place: int) -> None:
         """Offer a basis to open points: from ``place`` both ways for as long as it fits, or, of several bounds with a
         fixed matrix, to all."""
-        if self.at.shape[1] > 1 and not self.programs.moves:
-            self.offer(number, np.flatnonzero(~self.done))
-            return
-        each = (1 + len(self.programs._moving)) * self.values.shape[1] + self.duals.shape[1]
-        most = max(1, min(MOST_WINDOW, MOST_STACKED // each))
         left = np.flatnonzero(~self.done)
+        if self.at.shape[1] > 1 and not self.programs.moves:
+            self._offer_in_parts(number, left)
+            return
         for way in (left[left > place], left[left < place][::-1]):
-            size = FIRST_WINDOW
-            while len(way):
-                window = way[: min(size, most)]
-                if self.offer(number, window[-1:]).all():  # the far end first, which says whether the rest is worth it
-                    if not self.offer(number, window[:-1]).all():
-                        break
-                    way, size = way[len(window) :], 2 * size
-                elif len(window) > 1:
-                    size = len(window) // 2
-                else:
-                    break
+            self._offer_in_parts(number, way[: self._extent(number, way)])
+
+    def _extent(self, number: int, way: NDArray[np.int64]) -> int:
+        """On how many points of ``way``, from its first on, a basis fits; found by sections."""
+        last, first = -1, len(way)
+        while first - last > 1:
+            tried = np.unique(np.linspace(last, first, SECTIONS, dtype=np.int64)[1:])
+            tried = tried[tried < len(way)]
+            fits = self.offer(number, way[tried])
+            at = int(np.argmin(fits)) if not fits.all() else len(tried)
+            last, first = int(tried[at - 1]) if at else last, int(tried[at]) if at < len(tried) else first
+        return first
+
+    def _offer_in_parts(self, number: int, places: NDArray[np.int64]) -> None:
+        rows, columns = self.duals.shape[1], self.values.shape[1]
+        stacked = (1 + len(self.programs._moving)) * columns + rows
+        most = min(together(rows, columns), max(1, MOST_STACKED // stacked))
+        for start in range(0, len(places), most):
+            self.offer(number, places[start : start + most])
 
     def offer(self, number: int, places: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Take the basis over wherever its solution passes the certificate; says where, shape of ``places``."""
@@ -318,58 +386,9 @@ class _Batch:
             values, duals = pivot.solution(at, lower, upper, self.values.shape[1])
         except np.linalg.LinAlgError:
             return np.zeros(len(places), dtype=bool)
-        certifier = _MovedCertifier(programs.columns, programs._matrix, programs._moving, programs._moved(at))
-        primal, dual, error, weight, objective, _ = certifier.figures(lower, upper, cost, values, duals)
-        fits = (primal <= EXACT) & (dual <= EXACT) & (error <= EXACT * np.maximum(weight, 1e-300))
+        certifier = MovedCertifier(programs.columns, programs._matrix, programs._moving, programs._moved(at))
+        fits, objective = suits(certifier.figures(lower, upper, cost, values, duals))
         taken = places[fits]
         self.values[taken], self.duals[taken], self.objective[taken] = values[fits], duals[fits], objective[fits]
         self.basis[taken], self.done[taken] = number, True
         return fits
-
-
-class _MovedCertifier(Certifier):
-    """Certificates of programs that share a matrix but for some rows, of which each has its own, (N, r, columns)."""
-
-    def __init__(self, program: LinearProgram, shared: Array, moving: NDArray[np.int64], moved: Array) -> None:
-        self.matrix, self.size = _Moved(shared, moving, moved), _Moved(np.abs(shared), moving, np.abs(moved))
-        self.row_rounding = ROUNDING * self.size.row_most()
-        self.column_rounding = ROUNDING * self.size.column_most()
-        self.no_lower, self.no_upper = np.isinf(program.row_lower), np.isinf(program.row_upper)
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """A matrix per program, the same but for some rows; multiplies one vector per program from the right."""
-
-    shared: Array
-    moving: NDArray[np.int64]
-    moved: Array
-    transposed: bool = False
-    __array_ufunc__ = None  # so that numpy leaves ``vectors @ matrices`` to this class
-
-    @property
-    def T(self) -> _Moved:
-        return replace(self, transposed=not self.transposed)
-
-    def __rmatmul__(self, vectors: Array) -> Array:
-        product: Array
-        if self.transposed:
-            product = vectors @ self.shared.T
-            product[:, self.moving] = (self.moved @ vectors[:, :, None])[:, :, 0]
-            return product
-        fixed = vectors.copy()
-        fixed[:, self.moving] = 0.0
-        product = fixed @ self.shared + (vectors[:, None, self.moving] @ self.moved)[:, 0]
-        return product
-
-    def row_most(self) -> Array:
-        """The largest entry of every row, shape (N, rows)."""
-        most = np.tile(self.shared.max(axis=1), (len(self.moved), 1))
-        most[:, self.moving] = self.moved.max(axis=2)
-        return most
-
-    def column_most(self) -> Array:
-        """The largest entry of every column, shape (N, columns)."""
-        fixed = np.delete(self.shared, self.moving, axis=0).max(axis=0)
-        most: Array = np.maximum(fixed, self.moved.max(axis=1, initial=0.0))
-        return most

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluidopt.program import Array, LinearProgram
+from fluidopt.views import card, facts, figures
 
 # Terms below this share of the largest count as that much: an interior point, which ends near a vertex and not on
 # one, cannot tell them from 0. Simplex answers meet far less.
@@ -52,6 +53,17 @@ class Certificate:
         return (
             f"primal residual {self.primal_residual:.1e}, dual residual {self.dual_residual:.1e}, "
             f"gap {self.gap:.1e} (relative)"
+        )
+
+    def _repr_html_(self) -> str:
+        return card(
+            "Certificate",
+            figures(("Objective", self.objective, ""), ("No point above", self.bound, "")),
+            facts(
+                ("primal residual", f"{self.primal_residual:.1e}", "relative"),
+                ("dual residual", f"{self.dual_residual:.1e}", "relative"),
+                ("gap", f"{self.gap:.1e}", "relative"),
+            ),
         )
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 from sympy import Expr
 
-from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
+from fluidopt.errors import FluidoptError, InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, Block, LinearProgram, Lowering
 from fluidopt.solvers import checked, held, highs
-from fluidopt.solvers.bases import EXACT, Basis, Batch
+from fluidopt.solvers.alike import MOST_STACKED, Alike, Optima, coefficients
+from fluidopt.solvers.bases import EXACT, Basis
 from fluidopt.solvers.certificate import DENSE, Certificate, Certifier, Solution, SolverOptions
 from fluidopt.solvers.scaling import scale
 from fluidopt.tables import shorten
+from fluidopt.views import card, figures, paragraph
 
 if TYPE_CHECKING:
     from fluidopt.model import FluidModel
@@ -53,21 +56,27 @@ class Resolved:
         """Every row family's duals on the grid of its index sets, by the family's name."""
         return self.program.row_grids(self.solution.duals)
 
+    def _repr_html_(self) -> str:
+        certificate = paragraph(f"Started {self.start}. {self.certificate}.", muted=True)
+        return card("Re-solve", figures(("Objective", self.objective, "")), certificate)
+
 
 @dataclass(frozen=True)
 class ResolvedMany:
     """Many re-solves of one model, certified one by one; first axis N, one entry per re-solve."""
 
     program: LinearProgram
-    """The program with the numbers held by the solver; right sides and prices of each re-solve differ."""
+    """The program with the numbers held by the solver; those of each re-solve differ."""
     objective: Array
     """Shape (N,); NaN where there is no solution."""
     solution_values: Array
-    """Shape (N, columns)."""
+    """Shape (N, columns); NaN where an entry has other rows or columns than ``program``."""
     solution_duals: Array
-    """Shape (N, rows)."""
+    """Shape (N, rows); NaN likewise."""
     bases: int
     """How many programs had to be solved; all others have the basis of one of these."""
+    failures: dict[int, FluidoptError] = field(default_factory=dict)
+    """By entry: why it has no objective."""
 
     def values(self, name: str) -> Array:
         """A variable by its name in the model's symbols, shape (N, ...); NaN where it does not exist."""
@@ -83,6 +92,11 @@ class ResolvedMany:
         if block is None:
             raise InvalidInput(f"there is no {name!r}; there are {shorten([block.name for block in blocks], most=20)}")
         return np.where(block.numbers >= 0, vectors[:, block.numbers], np.nan)
+
+    def _repr_html_(self) -> str:
+        solved = self.objective[np.isfinite(self.objective)]
+        ends = [("Least objective", solved.min(), ""), ("Largest", solved.max(), "")] if solved.size else []
+        return card("Re-solves", figures(("Asked for", self.objective.size, ""), ("Solved", solved.size, ""), *ends))
 
 
 # Token counts and iteration times divide; 0 has no meaning.
@@ -202,18 +216,27 @@ class Solver:
     def solve_many(self, changes: Mapping[str, Any]) -> ResolvedMany:
         """Solve once per entry of the first axis of ``changes``; the numbers held by the solver stay as they are.
 
-        An optimal basis stays optimal for other right sides and prices as long as its primal and dual solutions keep
-        their signs. So each program that is solved offers its basis to all that are still open, at the cost of two
-        products of matrices; whose certificate holds is done. A sweep of thousands of points needs a few dozen solves.
+        An optimal basis stays optimal for other numbers as long as its primal and dual solutions keep their signs. So
+        each program that is solved offers its basis to those that are still open, and whose certificate holds is done:
+        for other right sides and prices at the cost of two products of matrices, for other coefficients of a small
+        linear system. A sweep of thousands of points needs a few dozen solves.
 
         Args:
-            changes: arrays by parameter name, with a first axis of N and then the parameter's own. Where they change
-                coefficients, every entry is solved by itself.
+            changes: arrays by parameter name, with a first axis of N and then the parameter's own. Entries that change
+                which rows and columns exist are solved by themselves, and so are all of a large program.
 
         Raises:
             InvalidInput: as `solve`, or first axes that differ.
             SolverFailure: no certified answer for an entry.
         """
+        found = self.solve_each(changes)
+        for error in found.failures.values():
+            if isinstance(error, SolverFailure):
+                raise error
+        return found
+
+    def solve_each(self, changes: Mapping[str, Any]) -> ResolvedMany:
+        """As `solve_many`, with a missing objective also where there is no certified answer; see its ``failures``."""
         _check_mapping(changes)
         try:
             columns = {name: np.asarray(value, dtype=float) for name, value in changes.items()}
@@ -223,43 +246,96 @@ class Solver:
         if not columns or len(set(counts.values())) > 1 or () in counts.values():
             raise InvalidInput(f"Solver.solve_many: every change needs the same first axis; got {counts}")
         count = next(iter(counts.values()))[0]
-        before = {name: self._lowering.numbers.values.get(name) for name in columns}
         if self._program is None:
             with contextlib.suppress(InfeasibleModel):  # the numbers held may have no solution, others may
                 self.solve()
-        rows, width = self._held().shape
-        many = Batch(self._held(), count)
-        bases = 0
-        try:
-            alone = bool(self._parts.matrix & columns.keys()) or rows * width > DENSE
-            if not alone:
-                self._spread_out(many, self._checked(columns, count))
-            while (place := many.open()) is not None:
-                bases += 1
-                try:
-                    found = self.solve({name: value[place] for name, value in columns.items()})
-                except InfeasibleModel:
-                    many.close(place)
-                    continue
-                many.put(place, found.solution)
-                if not alone and self._basis is not None:
-                    many.offer(self._basis, self._certifier)
-        finally:
-            self._move(self._checked({name: value for name, value in before.items() if value is not None}))
-        return ResolvedMany(self._held(), many.objective, many.values, many.duals, bases)
+        program = self._held()
+        rows, width = program.shape
+        objective, values, duals = (np.full((count, *each), np.nan) for each in ((), (width,), (rows,)))
+        found = ResolvedMany(program, objective, values, duals, bases=0)
+        checked = self._checked(columns, count)
+        together = self._alike(checked, count) if rows * width <= DENSE else np.zeros(count, dtype=bool)
+        bases, known = 0, list[Basis]()
+        places = np.flatnonzero(together)
+        stack = max(1, MOST_STACKED // (rows * width))
+        for start in range(0, len(places), stack):
+            part = places[start : start + stack]
+            optima = Optima(self._programs({name: value[part] for name, value in checked.items()}, len(part)))
+            bases += optima.solve(known, self._options, self._tolerance)
+            found.objective[part] = optima.objective
+            found.solution_values[part], found.solution_duals[part] = optima.values, optima.duals
+            found.failures.update((int(part[at]), error) for at, error in optima.failures.items())
+        bases += self._solve_singly(found, {name: columns[name] for name in checked}, np.flatnonzero(~together))
+        return replace(found, bases=bases)
 
-    def _spread_out(self, many: Batch, changed: dict[str, Array]) -> None:
-        """Right sides and prices of all entries, from parameters with a leading axis; then the numbers held again."""
+    def _solve_singly(self, found: ResolvedMany, columns: Mapping[str, Array], places: NDArray[np.int64]) -> int:
+        """Solve some entries one after the other; then the numbers held are what they were."""
+        if not len(places):
+            return 0
+        before = {name: self._lowering.numbers.values[name] for name in columns}
+        names = found.program.row_names, found.program.column_names
+        try:
+            for place in places.tolist():
+                try:
+                    each = self.solve({name: value[place] for name, value in columns.items()})
+                except (InfeasibleModel, SolverFailure) as error:
+                    found.failures[place] = error
+                    continue
+                found.objective[place] = each.objective
+                if (each.program.row_names, each.program.column_names) == names:
+                    found.solution_values[place] = each.solution.values
+                    found.solution_duals[place] = each.solution.duals
+        finally:
+            self._move(self._checked(before))
+        return len(places)
+
+    def _alike(self, changed: dict[str, Array], count: int) -> NDArray[np.bool_]:
+        """Which entries have the rows and columns of the numbers held, shape (N,)."""
         lowering, program = self._lowering, self._held()
-        before = {name: lowering.numbers.values[name] for name in changed}
-        lowering.change(changed)
-        for at, names in self._parts.right_sides.items():
-            if names & changed.keys():
-                row, block = lowering.program.constraints[at], program.rows[at]
-                many.move(block.numbers[block.numbers >= 0], row.sense, lowering.right_side(row, block))
-        if self._parts.objective & changed.keys():
-            many.cost[:] = lowering.objective(program.shape[1])
-        lowering.change(before)
+        alike = np.ones(count, dtype=bool)
+        if not self._parts.conditions & changed.keys():
+            return alike
+        members = [(row.where, row.over) for row in lowering.program.constraints]
+        members += [(variable.exists, variable.over) for variable in lowering.program.variables]
+        with self._put(changed):
+            for (condition, over), block in zip(members, (*program.rows, *program.columns), strict=True):
+                there = lowering.evaluate(condition, tuple(index.symbol for index in over))
+                there = np.broadcast_to(there, (count, *block.numbers.shape)).reshape(count, -1)
+                alike &= (there == (block.numbers >= 0).ravel()).all(axis=1)
+        return alike
+
+    def _programs(self, changed: dict[str, Array], count: int) -> Alike:
+        """The programs of all entries, from parameters with a leading axis."""
+        lowering, program, parts = self._lowering, self._held(), self._parts
+        lower, upper, cost = (
+            np.tile(array, (count, 1)) for array in (program.row_lower, program.row_upper, program.objective)
+        )
+        moving, moved = [np.zeros(0, dtype=np.int64)], [np.zeros((count, 0, program.shape[1]))]
+        with self._put(changed):
+            for at, (row, block) in enumerate(zip(lowering.program.constraints, program.rows, strict=True)):
+                rows = block.numbers[block.numbers >= 0]
+                if parts.right_sides.get(at, frozenset()) & changed.keys():
+                    right = lowering.right_side(row, block)
+                    if row.sense != "<=":
+                        lower[:, rows] = right
+                    if row.sense != ">=":
+                        upper[:, rows] = right
+                if parts.coefficients[at] & changed.keys() and len(rows):
+                    moving.append(rows)
+                    moved.append(coefficients(lowering, row, block, count, program.shape[1]))
+            if parts.objective & changed.keys():
+                cost[:] = lowering.objective(program.shape[1])
+        return Alike(program, np.concatenate(moving), np.concatenate(moved, axis=1), lower, upper, cost)
+
+    @contextlib.contextmanager
+    def _put(self, changed: dict[str, Array]) -> Iterator[None]:
+        """Other numbers for a while."""
+        before = {name: self._lowering.numbers.values[name] for name in changed}
+        self._lowering.change(changed)
+        try:
+            yield
+        finally:
+            self._lowering.change(before)
 
     def _move(self, changed: dict[str, Array]) -> None:
         """Apply checked changes without solving."""
@@ -399,7 +475,9 @@ class _Dependencies:
         conditions = lowering.given(
             *(row.where for row in program.constraints), *(variable.exists for variable in program.variables)
         )
-        self.matrix: frozenset[str] = frozenset().union(conditions, *(coefficients for coefficients, _ in parts))
+        self.conditions = conditions
+        self.coefficients = [coefficients for coefficients, _ in parts]
+        self.matrix: frozenset[str] = frozenset().union(conditions, *self.coefficients)
         self.right_sides = {at: constants for at, (_, constants) in enumerate(parts) if constants}
         self.objective = split(program.objective)[0]
 

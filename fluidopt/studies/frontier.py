@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sympy import Expr
 
-from fluidopt.errors import InfeasibleModel, InvalidInput
-from fluidopt.explain import BOUNDS
+from fluidopt.errors import InvalidInput
 from fluidopt.formulation import formulation
 from fluidopt.inputs import is_number, is_whole
 from fluidopt.model import FluidModel
@@ -21,9 +19,11 @@ from fluidopt.program import Array, Lowering
 from fluidopt.scenario import Scenario
 from fluidopt.service_levels import ServiceLevel, names_of
 from fluidopt.solvers.along import UNCERTIFIED, Bound, ProgramsAlong
+from fluidopt.studies.frontier_ends import FINE, SAME, Ends, loosens
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
-from fluidopt.studies.sweep import built_quietly
-from fluidopt.tables import html, number, shorten, text
+from fluidopt.studies.sweep_model import built_quietly
+from fluidopt.tables import number, shorten, text
+from fluidopt.views import amount_bar, card, html, paragraph, sketch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,15 +32,10 @@ if TYPE_CHECKING:
 
     from fluidopt.solvers.along import Solved
 
-# Ends and kinks are found to this share of the range; prices, and revenues, that differ by less than SAME are equal.
-FINE, SAME = 1e-10, 1e-9
 # A smooth curve's price changes by less than this between points that are near enough to be taken for one piece.
 BEND = 1e-6
 # Where every point has a basis of its own, as where nothing can be earned, kinks are looked for so often at most.
 MOST_SPLITS = 1_000
-# Where ends are looked for if no range is given: every bound of interest lies in it, in its own unit.
-DECADES = np.logspace(-6, 7, 14)
-MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Promise:
     @property
     def loosens(self) -> int:
         """1 where a larger bound promises less, -1 where it promises more."""
-        return _loosens(self.field)
+        return loosens(self.field)
 
     @property
     def words(self) -> str:
@@ -213,7 +208,21 @@ class Frontier:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.breakpoints if self.kinks else self.to_frame(), title=self.statement, note=self.caption)
+        first, table = self.promises[0], self.breakpoints if self.kinks else self.to_frame()
+        curve = {"R*": (self.points[first.name].to_numpy(), self.revenue_rate)} if len(self.promises) == 1 else {}
+        units = {each.name: each.unit for each in self.promises} | {"bound": first.unit, "jump": ""}
+        return card(
+            f"Frontier of {' and '.join(each.name for each in self.promises)}",
+            sketch(curve, across=first.words, up="money/s per GPU"),
+            paragraph(self.statement),
+            html(
+                table,
+                title="Kinks" if self.kinks else "Points",
+                units=units | {"revenue_rate": "money/s per GPU"},
+                bars={"revenue_rate": amount_bar},
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 _PLAIN = ("piecewise_linear", "all_kinks", "uncertified", "programs_solved")
@@ -257,7 +266,7 @@ def frontier(
     ranges = _ranges(bounds, parameters, model.scenario)
     promises = []
     for k, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        search = _Search(programs, k, parameters)
+        search = Ends(programs, k, parameters)
         tightest = search.tightest(name)
         promises.append(Promise(name, parameter.field, parameter.unit, tightest))
         ranges[k] = ranges[k] if ranges[k] is not None else search.range(tightest)
@@ -276,7 +285,7 @@ def frontier(
         paid.run()
         revenue, prices = solved.values @ paid.objective(programs.columns.shape[1]), solved.prices
         curve = _Curve(programs, linear)
-        kinks = tuple(_kinks(curve, _spots(axes[0], solved))) if len(names) == 1 else ()
+        kinks = tuple(_kinks(curve, _spots(axes[0], solved, turns=True))) if len(names) == 1 else ()
         uncertified = int((solved.basis == UNCERTIFIED).sum())
     grid = _dataset(promises, axes, revenue, prices)
     return Frontier(
@@ -350,60 +359,6 @@ def _ranges(bounds: Any, parameters: Sequence[ModelParameter], scenario: Scenari
     return [(float(low), float(high)) for low, high in ends]
 
 
-def _loosens(field: str) -> int:
-    return 1 if BOUNDS[field](0.5, 0.25) > 0.5 else -1
-
-
-class _Search:
-    """Where one bound begins to be feasible, and where it begins to cost nothing; the others as loose as can be."""
-
-    def __init__(self, programs: ProgramsAlong, k: int, parameters: Sequence[ModelParameter]) -> None:
-        self.programs, self.k, self.loosens = programs, k, _loosens(parameters[k].field)
-        self.loosest = np.array([DECADES[-1] if _loosens(each.field) > 0 else 0.0 for each in parameters])
-        self.largest = 1.0 if parameters[k].unit == "1" else float("inf")
-        order = np.concatenate([[0.0], DECADES])
-        self.trials = order if self.loosens > 0 else order[::-1]
-        """Bounds, from the tightest on."""
-        self.objective = programs.solve(self.at(self.trials)).objective
-
-    def at(self, bounds: Array) -> Array:
-        points = np.tile(self.loosest, (len(bounds), 1))
-        points[:, self.k] = bounds
-        return points
-
-    def tightest(self, name: str) -> float:
-        """The tightest feasible bound.
-
-        Raises:
-            InfeasibleModel: there is none.
-        """
-        if np.isnan(self.objective).all():
-            raise InfeasibleModel(f"frontier: the other rows leave no plan, whatever the bound of {name}")
-        return self._first(~np.isnan(self.objective), lambda objective: not np.isnan(objective))
-
-    def range(self, tightest: float) -> tuple[float, float]:
-        """From the tightest bound to somewhat beyond the first that costs nothing."""
-        best = float(np.nanmax(self.objective))
-        enough = best - SAME * abs(best)
-        with np.errstate(invalid="ignore"):
-            free = self._first(self.objective >= enough, lambda objective: objective >= enough)
-        beyond = free + self.loosens * (MARGIN * abs(free - tightest) or abs(free) or 1.0)
-        low, high = sorted((tightest, beyond))
-        return max(low, 0.0), min(high, self.largest)
-
-    def _first(self, holds: NDArray[np.bool_], test: Callable[[float], bool]) -> float:
-        """The first bound, from the tightest on, at which ``test`` of the objective holds."""
-        at = int(np.argmax(holds))
-        if at == 0:
-            return float(self.trials[0])
-        outside, inside = float(self.trials[at - 1]), float(self.trials[at])
-        while abs(inside - outside) > FINE * max(abs(inside), DECADES[1]):
-            middle = 0.5 * (inside + outside)
-            objective = float(self.programs.solve(self.at(np.array([middle]))).objective[0])
-            inside, outside = (middle, outside) if test(objective) else (inside, middle)
-        return inside
-
-
 @dataclass(frozen=True)
 class _Spot:
     """A point of a frontier of one promise."""
@@ -414,10 +369,14 @@ class _Spot:
     basis: int
 
 
-def _spots(at: Array, solved: Solved) -> list[_Spot]:
-    """The points that have a plan."""
-    rows = zip(at.tolist(), solved.objective.tolist(), solved.prices[:, 0].tolist(), solved.basis.tolist(), strict=True)
-    return [_Spot(*row) for row in rows if row[-1] >= 0]
+def _spots(at: Array, solved: Solved, *, turns: bool = False) -> list[_Spot]:
+    """The points that have a plan; of ``turns`` only the first and last of each run with one basis."""
+    chosen = np.flatnonzero(solved.basis >= 0)
+    if turns:
+        change = np.diff(solved.basis[chosen]) != 0
+        chosen = chosen[np.append(True, change) | np.append(change, True)]
+    columns = (at[chosen], solved.objective[chosen], solved.prices[chosen, 0], solved.basis[chosen])
+    return [_Spot(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 class _Curve:
@@ -446,6 +405,17 @@ class _Curve:
         place = np.array([[at]])
         found = self.programs.with_basis(basis, place)
         return None if found is None else _spots(place[:, 0], found)[0]
+
+    def narrowed(self, left: _Spot, right: _Spot, width: float) -> tuple[_Spot, _Spot]:
+        """The last point that the left basis has, and the first after it that the right one has, to ``width``."""
+        start, end = np.array([left.at]), np.array([right.at])
+        last, first = self.programs.reach(left.basis, start, end, fine=width / (right.at - left.at))
+        after = left.at + first * (right.at - left.at)
+        ended = self.with_basis(left.basis, left.at + last * (right.at - left.at)) or left
+        if after < right.at:
+            back, _ = self.programs.reach(right.basis, end, np.array([after]), fine=width / (right.at - after))
+            right = self.with_basis(right.basis, right.at + back * (after - right.at)) or right
+        return ended, right
 
 
 def _straight(curve: _Curve, grid: Array, promise: Promise) -> tuple[Array, Array, tuple[Kink, ...]] | None:
@@ -497,12 +467,16 @@ def _between(
             if abs(above - below) > SAME * steepest:
                 yield Kink(end.at, end.objective, below, above)
             return
-    step, rise = right.at - left.at, right.objective - left.objective
-    bend, size = abs(right.price - left.price), max(abs(left.objective), abs(right.objective))
-    smooth = bend <= (SAME if curve.linear else BEND) * steepest
-    if smooth and abs(rise - 0.5 * (left.price + right.price) * step) <= SAME * size:
+    if _one_piece(curve, left, right, steepest):
         return
+    if not curve.linear and right.at - left.at > width:
+        left, right = curve.narrowed(left, right, width)
+        if _one_piece(curve, left, right, steepest):
+            return
+    step, rise = right.at - left.at, right.objective - left.objective
+    smooth = abs(right.price - left.price) <= (SAME if curve.linear else BEND) * steepest
     if step <= width:
+        size = max(abs(left.objective), abs(right.objective))
         jump = rise if abs(rise) > SAME * size + steepest * width else 0.0
         if jump or not smooth:
             yield Kink(right.at, right.objective, left.price, right.price, jump)
@@ -525,6 +499,14 @@ def _between(
     inside = between.basis in (left.basis, right.basis)
     yield from _between(curve, left, between, width, steepest, parted=inside)
     yield from _between(curve, between, right, width, steepest, parted=inside)
+
+
+def _one_piece(curve: _Curve, left: _Spot, right: _Spot, steepest: float) -> bool:
+    """Whether prices and revenues at two points are those of one piece."""
+    rise, size = right.objective - left.objective, max(abs(left.objective), abs(right.objective))
+    bend = abs(right.price - left.price)
+    straight = abs(rise - 0.5 * (left.price + right.price) * (right.at - left.at)) <= SAME * size
+    return straight and bend <= (SAME if curve.linear else BEND) * steepest
 
 
 def _plain(values: Array) -> list[float | None]:

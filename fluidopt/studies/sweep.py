@@ -6,8 +6,7 @@ import inspect
 import itertools
 import pickle
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +16,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidopt.errors import ContentionWarning, InvalidInput
+from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_number, is_whole
 from fluidopt.model import FluidModel
-from fluidopt.plan import Plan
 from fluidopt.scenario import Scenario
 from fluidopt.simulation.statistics import Estimate
 from fluidopt.solvers.graph import is_linear
-from fluidopt.solvers.warm import Solver
-from fluidopt.studies.sensitivity.parameters import ModelParameter, find_parameters
+from fluidopt.studies.sweep_model import (
+    REVENUE,
+    Columns,
+    Point,
+    Resolve,
+    Variants,
+    each_point,
+    guarded,
+    optimal_revenue,
+)
 from fluidopt.studies.sweep_store import Outcome, Store
 from fluidopt.tables import shorten
 
@@ -33,12 +39,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
     from distributed import Client
-
-# Points of a model that are solved one after the other from the last basis; the cold start is then a small part.
-MOST_WARM = 256
-FEWEST_BLOCKS = 8
-REVENUE = "revenue_rate"
-Point = dict[str, Any]
 
 
 def sweep(
@@ -57,8 +57,9 @@ def sweep(
 
     A model's parameters go by the names that `sensitivity` uses: a field with its owner in brackets where there are
     several (``arrival_rate[code]``, ``chunk_size``, ``alpha``, ``output_price``, ``bound[slot_tpot]``); a class field
-    alone, ``arrival_rate``, is a factor on all classes. Without ``measure`` the optimal revenue rate is computed by
-    certified re-solves, each started from the basis of the point before it.
+    alone, ``arrival_rate``, is a factor on all classes. Without ``measure`` the optimal revenue rate is computed, and
+    certified: all points of a block as programs that differ in numbers, of which few need a solver; those that differ
+    in rows and columns, and models with penalties, one by one. The ways agree to the certificate's tolerance.
 
     Points are evaluated in blocks, which depend on their number alone, so every executor gives the same numbers, bit
     for bit, if the function does. A point that fails keeps its error beside the others.
@@ -74,7 +75,7 @@ def sweep(
             interrupted goes on. It knows a function by its name only: after changing what it computes, give another.
         retry_failed: whether points that failed in the checkpoint are evaluated again.
         executor: where blocks run: any ``concurrent.futures.Executor`` or a Dask client; default here, in order.
-        block: points evaluated together (default: 1; for re-solves of a model up to 256).
+        block: points evaluated together (default: 1; for the revenue rate of a model up to 2,500).
 
     Returns:
         A dimension per name (``point`` for a design) and a variable per result, both with ``units``; ``error`` holds
@@ -143,8 +144,9 @@ class _Points:
         """Number of points, N."""
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, at: int) -> Point:
-        return {name: column[at].item() for name, column in self.columns.items()}
+    def part(self, numbers: range) -> Columns:
+        """The values at consecutive points, by name."""
+        return {name: column[numbers.start : numbers.stop] for name, column in self.columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The points as JSON-able data."""
@@ -184,7 +186,7 @@ class _Task(Protocol):
     def block(self, count: int) -> int:
         """Points evaluated together, of so many."""
 
-    def __call__(self, points: Sequence[Point]) -> list[Outcome]: ...
+    def __call__(self, columns: Columns) -> list[Outcome]: ...
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ class _Call:
     def block(self, count: int) -> int:  # noqa: ARG002
         return 1
 
-    def __call__(self, points: Sequence[Point]) -> list[Outcome]:
-        return [_guarded(lambda values: _numbers(self.function(**values), points[0]), point) for point in points]
+    def __call__(self, columns: Columns) -> list[Outcome]:
+        return [guarded(lambda at: _numbers(self.function(**at), at), point) for point in each_point(columns)]
 
 
 @dataclass(frozen=True)
@@ -226,69 +228,9 @@ class _Measure:
     def block(self, count: int) -> int:  # noqa: ARG002
         return 1
 
-    def __call__(self, points: Sequence[Point]) -> list[Outcome]:
-        vary = _Variants.of(self.scenario, points[0])
-        return [_guarded(lambda at: _numbers(self.function(vary(at)), at), point) for point in points]
-
-
-@dataclass(frozen=True)
-class _Resolve:
-    """The optimal revenue rate at a point, by re-solves from the last basis."""
-
-    scenario: Scenario
-
-    @property
-    def identity(self) -> Any:
-        return {"model": self.scenario.to_dict(), "measure": REVENUE}
-
-    @property
-    def title(self) -> str:
-        return "optimal revenue rate of a model"
-
-    def block(self, count: int) -> int:
-        return min(MOST_WARM, -(-count // FEWEST_BLOCKS))
-
-    def __call__(self, points: Sequence[Point]) -> list[Outcome]:
-        vary = _Variants.of(self.scenario, points[0])
-        solver = Solver(vary.base)
-        return [_guarded(lambda at: {REVENUE: self._revenue(solver, vary(at))}, point) for point in points]
-
-    @staticmethod
-    def _revenue(solver: Solver, model: FluidModel) -> float:
-        numbers = model.numbers().values
-        found = solver.solve({name: numbers[name] for name in solver.parameters})
-        return found.objective if model.is_standard else Plan(model, found.program, found.solution).revenue_rate
-
-
-@dataclass(frozen=True)
-class _Variants:
-    """A model with other values of named parameters."""
-
-    base: FluidModel
-    parameters: list[ModelParameter]
-
-    @classmethod
-    def of(cls, scenario: Scenario, names: Iterable[str]) -> _Variants:
-        base = built_quietly(scenario)
-        return cls(base, find_parameters(base, list(names), "sweep"))
-
-    def __call__(self, point: Point) -> FluidModel:
-        scenario = self.base.scenario
-        for parameter in self.parameters:
-            scenario = parameter.moved(scenario, point[parameter.name])
-        return built_quietly(scenario)
-
-
-def built_quietly(scenario: Scenario) -> FluidModel:
-    """The model, without the warning of a curve that its owner has had, and that a sweep may cross on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ContentionWarning)
-        return FluidModel.from_scenario(scenario)
-
-
-def optimal_revenue(model: FluidModel) -> dict[str, float]:
-    """R* of a model, solved by itself; the measure where there is no basis to start from."""
-    return {REVENUE: model.solve().revenue_rate}
+    def __call__(self, columns: Columns) -> list[Outcome]:
+        vary = Variants.of(self.scenario, columns)
+        return [guarded(lambda at: _numbers(self.function(vary(at)), at), point) for point in each_point(columns)]
 
 
 def _task(
@@ -297,16 +239,14 @@ def _task(
     """The work at a block of points, and the units that are known."""
     if isinstance(subject, FluidModel):
         scenario = Scenario.from_dict(subject.to_dict())
-        parameters = find_parameters(subject, list(points.columns), "sweep")
-        for parameter in parameters:
-            for value in np.unique(points.columns[parameter.name]).tolist():
-                parameter.moved(scenario, parameter.check(value, "sweep"))
-        units = {each.name: each.unit for each in parameters}
+        vary = Variants.of(scenario, points.columns)
+        vary.check(points.columns)
+        units = {each.name: each.unit for each in vary.parameters}
         if measure is None:
             # A convex penalty needs tangents of its own at every point.
             warm = is_linear(subject.symbolic) and not any(added.cut for added in subject._additions)
             units[REVENUE] = "money/s per GPU"
-            return (_Resolve(scenario) if warm else _Measure(scenario, optimal_revenue)), units
+            return (Resolve(scenario) if warm else _Measure(scenario, optimal_revenue)), units
         if not callable(measure):
             raise InvalidInput(f"sweep: measure must be a function of a model; got {measure!r}")
         return _Measure(scenario, measure), units
@@ -315,7 +255,7 @@ def _task(
     if measure is not None:
         raise InvalidInput("sweep: measure goes with a model; a function is its own measure, so leave it out")
     try:
-        inspect.signature(subject).bind(**points[0])
+        inspect.signature(subject).bind(**next(each_point(points.part(range(1)))))
     except TypeError as error:
         raise InvalidInput(
             f"sweep: {_name(subject)} cannot be called with {shorten(list(points.columns))}: {error}; the names in "
@@ -324,14 +264,6 @@ def _task(
     except ValueError:  # no signature to be had: the calls will tell
         pass
     return _Call(subject), {}
-
-
-def _guarded(work: Callable[[Point], Outcome], point: Point) -> Outcome:
-    """What ``work`` gives at a point, or its error in words."""
-    try:
-        return work(point)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def _numbers(result: Any, point: Point) -> dict[str, float]:
@@ -364,7 +296,7 @@ def _run(
     """Numbers of points, what became of them, and whether that is final (False where a worker was lost)."""
     if executor is None:
         for numbers in blocks:
-            yield numbers, task([points[at] for at in numbers]), True
+            yield numbers, task(points.part(numbers)), True
         return
     # A Dask client is asked for its futures in the form of the standard library.
     pool: Executor = executor.get_executor() if hasattr(executor, "get_executor") else executor
@@ -372,7 +304,7 @@ def _run(
         raise InvalidInput(f"sweep: executor must be a concurrent.futures.Executor or a Dask client; got {executor!r}")
     if isinstance(pool, ProcessPoolExecutor):
         _check_pickles(task)
-    futures = {pool.submit(task, [points[at] for at in numbers]): numbers for numbers in blocks}
+    futures = {pool.submit(task, points.part(numbers)): numbers for numbers in blocks}
     try:
         for future in as_completed(futures):
             numbers = futures[future]

@@ -19,7 +19,8 @@ from fluidopt.scenario import Scenario
 from fluidopt.simulation.experiment import checked_seed
 from fluidopt.solvers.warm import Solver
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import card, figures, html, paragraph, whisker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +140,16 @@ class GlobalSensitivity:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption)
+        indices = ("first_order", "total", "mean_absolute_effect", "mean_effect")
+        frame = self.to_frame()
+        bars = {name: whisker(f"{name}_half_width") for name in indices if f"{name}_half_width" in frame}
+        return card(
+            f"Global sensitivity of {self.response}",
+            figures(("Mean", self.mean, ""), ("Standard deviation", self.standard_deviation, "")),
+            paragraph(self.statement),
+            html(frame, title="Parameters", bars=bars),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def global_sensitivity(
@@ -345,19 +355,12 @@ def _moved(scenario: Scenario, parameters: Sequence[ModelParameter], point: Sequ
 
 
 def _optima(model: FluidModel, numbers: Sequence[Mapping[str, Array]]) -> list[float]:
-    """R* at many numbers of one model, each solved from the basis of another."""
+    """R* at many numbers of one model, most from the basis of another; NaN where there is no plan."""
     solver = Solver(model)
     present = model.numbers().values
     moving = [
         name for name in solver.parameters if any(not np.array_equal(each[name], present[name]) for each in numbers)
     ]
-    changes = {name: np.array([each[name] for each in numbers]) for name in sorted(moving)}
-    if changes and not {"C", "b", "tau"} & changes.keys():
-        return list(map(float, solver.solve_many(changes).objective))
-    values = []
-    for at in range(len(numbers)):
-        try:
-            values.append(solver.solve({name: array[at] for name, array in changes.items()}).objective)
-        except InfeasibleModel:
-            values.append(math.nan)
-    return values
+    # Where nothing moves, all points are the present one, and any number tells how many there are.
+    changes = {name: np.array([each[name] for each in numbers]) for name in sorted(moving or ["lambda"])}
+    return list(map(float, solver.solve_many(changes).objective))
