@@ -6,13 +6,17 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fluidopt.curves import ContentionCurve, Curve, IterationTime, Tokens
+from fluidopt.curves import ContentionCurve, Curve, IterationTime, Tokens, curve_sketch
 from fluidopt.errors import ContentionWarning, InvalidInput
 from fluidopt.inputs import MOST, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, input_type, is_whole
+from fluidopt.views import card, facts, figures, html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["GPU", "ContentionCurve", "IterationTime", "Mode", "warn_if_unphysical"]
 
@@ -61,6 +65,19 @@ class Mode:
     def decode_speed(self) -> float:
         """1/tau_k, tokens/s of one decode in this mode (0 in the idle mode)."""
         return 1.0 / self.iteration_time if self.iteration_time else 0.0
+
+    def _repr_html_(self) -> str:
+        return card(
+            f"Mode {self.name}",
+            facts(
+                ("chunk", self.chunk, "prefill tokens per iteration"),
+                ("decode_slots", self.decode_slots, "requests"),
+                ("iteration_time", self.iteration_time, "s"),
+                ("prefill speed", self.prefill_speed, "tokens/s"),
+                ("decode speed", self.decode_speed, "tokens/s per request"),
+                *([("after_prefill", self.after_prefill, "")] if self.after_prefill else []),
+            ),
+        )
 
 
 @input_type
@@ -246,6 +263,37 @@ class GPU:
     def kappa(self) -> float:
         """Speed of solo decode relative to mixed decode, gamma tau, at this batch and chunk size."""
         return self._time(self.chunk_size, self.batch_size - 1) / self._time(0, self.batch_size)
+
+    def _repr_html_(self) -> str:
+        cached = self.kv_tokens or 0.0
+        return card(
+            f"GPU {self.name}",
+            figures(
+                ("Batch", self.batch_size, "requests"),
+                ("Chunk", self.chunk_size, "tokens"),
+                *([("Share of the fleet", 100.0 * self.share, "%")] if self.share < 1 else []),
+                *([("Price", self.hourly_price, "money/hour")] if self.hourly_price is not None else []),
+            ),
+            html(mode_table(self.modes()), title="Modes", units=MODE_UNITS),
+            curve_sketch(self.curve, largest=4.0 * self.chunk_size, decodes=self.batch_size - 1.0, kv_tokens=cached),
+        )
+
+
+MODE_UNITS = {
+    "chunk": "tokens",
+    "decode_slots": "requests",
+    "iteration_time": "s",
+    "prefill_speed": "tokens/s",
+    "decode_speed": "tokens/s each",
+}
+
+
+def mode_table(modes: Sequence[Mode], names: Sequence[str] | None = None) -> pd.DataFrame:
+    """A row per mode, under its own name or the one given."""
+    import pandas as pd
+
+    columns = {name: [getattr(mode, name) for mode in modes] for name in MODE_UNITS}
+    return pd.DataFrame(columns, index=pd.Index(names or [mode.name for mode in modes], name="mode"))
 
 
 def warn_if_unphysical(gpu: GPU) -> None:

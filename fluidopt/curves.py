@@ -18,6 +18,8 @@ from pydantic import Discriminator, Field, Tag
 
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import MOST, NonNegative, Positive, input_type
+from fluidopt.tables import number
+from fluidopt.views import Numbers, bullets, card, facts, sketch
 
 Array = NDArray[np.float64]
 # Beyond these nothing is an iteration of a GPU, and within them no arithmetic overflows.
@@ -179,6 +181,18 @@ class IterationTime:
         mixed = np.array([self.mixed(float(each)) for each in chunk])
         return CurveGrid(chunk, np.zeros(1), np.zeros(1), mixed[:, None, None], np.full((1, 1), self.solo))
 
+    def _repr_html_(self) -> str:
+        return card(
+            "Iteration time, affine",
+            facts(
+                ("alpha", self.alpha, "s"),
+                ("beta", self.beta, "s/token of prefill chunk"),
+                ("solo", self.solo, "s without a prefill"),
+                ("crossover chunk", self.crossover_chunk, "tokens"),
+            ),
+            curve_sketch(self, largest=1024.0),
+        )
+
 
 @input_type
 class Kink:
@@ -302,9 +316,35 @@ class LinearTime:
             beside = np.maximum(alone, beside)
         return knots, np.concatenate([[0.0], np.cumsum(alone)]), np.concatenate([[0.0], np.cumsum(beside)])
 
+    def _repr_html_(self) -> str:
+        per = {"per_decode": "s/decode", "per_kv_token": "s/token in the cache"}
+        units = {"alpha": "s", "beta": "s/token of prefill chunk", "solo": "s without a prefill"} | per
+        units |= {f"solo_{name}": unit for name, unit in per.items()}
+        lines = {"chunk": self.chunk_kinks, "decodes": self.decode_kinks, "decodes alone": self.solo_decode_kinks}
+        bends = [f"{line}: by {number(kink.slope)} from {kink.at:g} on" for line in lines for kink in lines[line]]
+        return card(
+            "Iteration time, linear",
+            facts(*((name, getattr(self, name), unit) for name, unit in units.items())),
+            bullets("Slopes that grow", bends),
+            curve_sketch(self, largest=1024.0, decodes=16.0),
+        )
+
 
 _KV_STEP = 4096.0
 """Where the second knot of a line in the KV tokens lies; any place says the same."""
+
+
+def curve_sketch(curve: ContentionCurve, *, largest: float, decodes: float = 0.0, kv_tokens: float = 0.0) -> str:
+    """The curve over chunks up to ``largest`` tokens beside ``decodes`` decodes, drawn for a view."""
+    chunks: Array = np.linspace(1.0, largest, 65)
+    mixed = [1e3 * curve.mixed(float(chunk), decodes, kv_tokens) for chunk in chunks]
+    alone = 1e3 * curve.decode_only(max(decodes, 1.0), kv_tokens)
+    lines: dict[str, tuple[Numbers, Numbers]] = {
+        "with a prefill chunk": (chunks, mixed),
+        "decodes alone": ([1.0, largest], [alone, alone]),
+    }
+    beside = f" beside {decodes:g} decodes" if decodes else ""
+    return sketch(lines, across="chunk, tokens", up=f"iteration{beside}, ms")
 
 
 def _knots(bends: Iterable[float]) -> Array:
@@ -405,6 +445,14 @@ class TabulatedTime:
             _one_more(kv_tokens),
             alone + np.concatenate([extra, (extra[-1] + rise)[None]]),
             alone,
+        )
+
+    def _repr_html_(self) -> str:
+        axes = {"chunk": "tokens", "decodes": "requests", "kv_tokens": "tokens in the cache per decode"}
+        return card(
+            "Iteration time, tabulated",
+            facts(*((name, ", ".join(map(number, getattr(self, name))), unit) for name, unit in axes.items())),
+            curve_sketch(self, largest=self.chunk[-1], decodes=self.decodes[-1], kv_tokens=self.kv_tokens[0]),
         )
 
 

@@ -14,7 +14,7 @@ from sympy import Expr
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fluidopt.algebra import PlainPrinter, RowFamily, SymbolicProgram, relation_parts
-from fluidopt.contention import GPU, Mode, warn_if_unphysical
+from fluidopt.contention import GPU, MODE_UNITS, Mode, mode_table, warn_if_unphysical
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.explain import explain
 from fluidopt.expressions import (
@@ -33,6 +33,7 @@ from fluidopt.solvers import Solution, SolverOptions, certify, checked, held, so
 from fluidopt.solvers.concave import lower_rows, solve_concave
 from fluidopt.solvers.graph import is_linear
 from fluidopt.solvers.structured import solve_structured, why_not
+from fluidopt.views import card, figures, formulas, html, more
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
@@ -378,6 +379,27 @@ class FluidModel:
 
     def _repr_latex_(self) -> str:
         return self.symbolic._repr_latex_()
+
+    def _repr_html_(self) -> str:
+        from fluidopt.mathml import formula_rows, symbol_rows
+
+        units = {"arrival_rate": "requests/s per GPU", "prompt_tokens": "tokens, mean"}
+        units |= {"output_tokens": "decode iterations, mean", "abandonment_rate": "1/s"}
+        modes = [mode for _, mode in self.modes]
+        return card(
+            f"Fluid model, {self.scenario.charging} charging",
+            figures(
+                ("Classes", len(self.workload), ""),
+                ("Modes", len(modes), ""),
+                ("GPU types", len(self.gpu_types), ""),
+                ("Prompt price", self.scenario.prices.prompt, "money/token"),
+                ("Output price", self.scenario.prices.output, "money/token"),
+            ),
+            formulas(formula_rows(self.symbolic)),
+            more("Symbols", formulas(symbol_rows(self.symbolic))),
+            html(self.workload.to_frame(), title="Classes", units=units),
+            html(mode_table(modes, self.labels[MODES.name]), title="Modes", units=MODE_UNITS),
+        )
 
 
 def _row_text(row: RowFamily, meaning: str, symbols: Symbols) -> Row:

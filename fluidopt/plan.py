@@ -16,7 +16,8 @@ from fluidopt.program import Array, LinearProgram, Lowering
 from fluidopt.solvers import Certificate, Solution, certify, held
 from fluidopt.solvers.concave import certify_concave
 from fluidopt.solvers.graph import is_linear
-from fluidopt.tables import bullets, html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import bullets, card, figures, html, paragraph, share_bar, signed_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -596,15 +597,29 @@ class Plan:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        title = f"Plan: {self.headline}"
-        parts = [
-            html(self.modes, title=title, note=f"{self.solution.method}; {self.certificate}"),
-            html(self.allocation, title="Allocation (requests/GPU; throughput in requests/s/GPU)"),
-            html(self.thresholds, title="Price thresholds (money/request)"),
+        per_mode = {"fleet_share": "of the fleet", "iteration_time": "s"}
+        slots = dict.fromkeys(("prefill", "decode", "decode_slots"), "requests/GPU")
+        classes = dict.fromkeys(self.allocation.columns, "requests/GPU") | {"throughput": "requests/s/GPU"}
+        prices = {"served": "of arrivals", "margin": "money/request", "value": "money/request"}
+        key = [("Revenue", self.revenue_rate, "money/s per GPU")]
+        if self.objective != self.revenue_rate:
+            key.append(("Objective", self.objective, ""))
+        return card(
+            f"Plan, {self.model.scenario.charging} charging",
+            figures(*key, ("Completed", self.throughput.sum(), "requests/s per GPU"), ("Served", self._served, "%")),
+            html(self.modes, title="Modes", units=per_mode | slots, bars={"fleet_share": share_bar}),
+            html(self.allocation, title="Allocation", units=classes),
+            html(self.thresholds, title="Price rule", units=prices, bars={"served": share_bar, "margin": signed_bar}),
             bullets("Held back by", self.binding),
             bullets("Notes", self.notes),
-        ]
-        return "".join(parts)
+            paragraph(f"{self.headline}. {self.solution.method}; {self.certificate}.", muted=True),
+        )
+
+    @property
+    def _served(self) -> float:
+        """Share of all arrivals that is completed, percent."""
+        arrivals = self.model.workload.arrival_rate.sum()
+        return 100.0 * float(self.throughput.sum() / arrivals) if arrivals > 0 else float("nan")
 
 
 def _cheapest(reduced: Array, tokens: Array, speed: Array) -> Array:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import Name, NonNegative, Positive, input_type, is_number, parse
+from fluidopt.views import amount_bar, card, facts, figures, html, paragraph
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,17 @@ class WorkloadClass:
     """D_i, mean number of decode iterations: output tokens less the first, which comes from the prefill."""
     abandonment_rate: NonNegative = 0.0
     """theta_i, 1/s: rate at which a waiting request gives up, in either queue; 0 = infinitely patient."""
+
+    def _repr_html_(self) -> str:
+        return card(
+            f"Class {self.name}",
+            facts(
+                ("arrival_rate", self.arrival_rate, "requests/s"),
+                ("prompt_tokens", self.prompt_tokens, "tokens, mean"),
+                ("output_tokens", self.output_tokens, "decode iterations, mean"),
+                ("abandonment_rate", self.abandonment_rate, "1/s while waiting"),
+            ),
+        )
 
 
 @input_type
@@ -144,9 +156,24 @@ class Workload:
         return f"Workload of {len(self)} classes\n{text(self.to_frame())}"
 
     def _repr_html_(self) -> str:
-        from fluidopt.tables import html
-
-        return html(self.to_frame(), title="Workload", note=self.source)
+        total = self.arrival_rate.sum()
+        units = {
+            "arrival_rate": "requests/s",
+            "prompt_tokens": "tokens, mean",
+            "output_tokens": "tokens, mean",
+            "abandonment_rate": "1/s",
+        }
+        return card(
+            "Workload",
+            figures(
+                ("Classes", len(self), ""),
+                ("Arrivals", total, "requests/s"),
+                ("Prompts", self.arrival_rate @ self.prompt_tokens, "tokens/s"),
+                ("Outputs", self.arrival_rate @ self.output_tokens, "tokens/s"),
+            ),
+            html(self.to_frame(), title="", units=units, bars={"arrival_rate": amount_bar}),
+            paragraph(self.source, muted=True),
+        )
 
 
 @input_type
@@ -162,6 +189,11 @@ class TokenPrices:
     def __post_init__(self) -> None:
         if self.prompt == 0 and self.output == 0:
             raise InvalidInput("prompt and output are both 0, so every plan earns nothing; make one of them positive")
+
+    def _repr_html_(self) -> str:
+        return card(
+            "Token prices", facts(("prompt", self.prompt, "money/token"), ("output", self.output, "money/token"))
+        )
 
 
 def as_workload(classes: Workload | Sequence[WorkloadClass]) -> Workload:

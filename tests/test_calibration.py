@@ -350,7 +350,7 @@ def test_a_fit_prints_and_becomes_a_gpu_and_a_scenario():
     fit = fit_iteration_time(noisy(lattice(), 0.01, rng), form="linear")
     assert "linear curve through 72 measurements: R² 0.99" in fit.headline
     assert "solo_per_kv_token" in repr(fit)
-    assert "<b>Coefficients</b>" in fit._repr_html_()
+    assert "<strong>Coefficients</strong>" in fit._repr_html_()
     assert "chosen" in repr(fit_iteration_time(noisy(lattice(), 0.01, rng)))
     gpu = fit.gpu(batch_size=32, chunk_size=256, kv_tokens=900, name="mine")
     assert gpu.modes()[0].iteration_time == fit.curve.mixed(256, 31, 900)

@@ -166,8 +166,9 @@ def test_beyond_its_last_entries_a_table_never_falls(curve, start, step):
     ends = [axis[-1] for axis in (curve.chunk, curve.decodes, curve.kv_tokens)]
     near = [end * (1 + more) for end, more in zip(ends, start, strict=True)]
     far = [each * (1 + more) for each, more in zip(near, step, strict=True)]
-    assert curve.mixed(*far) >= curve.mixed(*near) * (1 - 1e-9)
-    assert curve.decode_only(*far[1:]) >= curve.decode_only(*near[1:]) * (1 - 1e-9)
+    # Hundreds of pieces out along each axis the corners of the last cell weigh millions, and cancel.
+    assert curve.mixed(*far) >= curve.mixed(*near) * (1 - 1e-7)
+    assert curve.decode_only(*far[1:]) >= curve.decode_only(*near[1:]) * (1 - 1e-7)
 
 
 @pytest.mark.parametrize("curve", [QWEN_8B_A100, BENT], ids=["affine", "linear"])

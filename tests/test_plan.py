@@ -170,7 +170,7 @@ def test_a_fleet_that_can_only_do_half_the_work_is_planned_and_shown(modes, char
     prefill_pays = charging == "separate" and modes[0].prefills
     assert (plan.revenue_rate > 1) == prefill_pays
     assert "Plan:" in repr(plan)
-    assert "Plan:" in plan._repr_html_()
+    assert "Plan, " in plan._repr_html_()
 
 
 def test_a_class_without_arrivals_is_planned_and_shown(reference):

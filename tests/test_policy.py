@@ -273,7 +273,7 @@ def test_a_policy_prints_its_rules(reference_plan):
     policy = reference_plan.policy(gpus=20)
     assert str(policy).splitlines()[0] == "Policy gate-and-route for 20 GPUs (5 mixed, 15 solo)"
     assert len(str(policy).splitlines()) == 1 + len(policy.rules())
-    assert "<li>" in policy._repr_html_()
+    assert policy._repr_html_().count("<li") == len(policy.rules())
 
 
 # ---- (d) JSON -----------------------------------------------------------------------------------------------------

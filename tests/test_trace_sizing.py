@@ -306,7 +306,7 @@ def test_it_says_what_it_found(sized):
     data = json.loads(json.dumps(sized.to_dict(), allow_nan=False))
     assert data["gpus"] == sized.gpus >= data["least_cost"]
     assert len(data["intervals"]) == len(sized.intervals)
-    assert sized._repr_html_().count("<table") == 2
+    assert sized._repr_html_().count("<table") == 3
     assert "Fleet for a trace" in str(sized)
     labels = [line.get_label() for line in sized.plot().axes[0].lines]
     assert labels == ["perfect system, mean rates", "no policy below", "the engines' own scheduling, replayed"]

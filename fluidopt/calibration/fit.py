@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html as escape
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from fluidopt.contention import GPU
 from fluidopt.curves import Array
 from fluidopt.errors import ContentionWarning, InvalidInput
 from fluidopt.inputs import dump
-from fluidopt.tables import MISSING, html, text
+from fluidopt.tables import MISSING, text
+from fluidopt.views import amount_bar, bullets, card, figures, html, paragraph
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,11 +138,28 @@ class IterationTimeFit:
         return "\n".join([*parts, *(f"Note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        tables = [html(self.coefficients_text, title="Coefficients")] if len(self.coefficients) else []
-        if len(self.cross_validation):
-            tables.append(html(self.cross_validation, title="Error of each form where a level is left out"))
-        notes = "".join(f"<div style='opacity:.7'>{escape.escape(note)}</div>" for note in self.notes)
-        return f"<div>{escape.escape(self.headline)}</div>{''.join(tables)}{notes}"
+        mixed, alone = self.r_squared
+        errors = self.cross_validation
+        return card(
+            f"Iteration-time fit, {self.form}",
+            figures(
+                ("R², with a prefill chunk", mixed, ""),
+                ("R², decodes alone", alone, ""),
+                ("Worst error", 100.0 * self.worst["error"], "%"),
+                ("Measurements", len(self.measurements), ""),
+            ),
+            paragraph(f"{self.headline}."),
+            html(self.coefficients_text, title="Coefficients") if len(self.coefficients) else "",
+            html(
+                errors,
+                title="Error of each form where a level is left out",
+                units={"error": "relative"},
+                bars={"error": amount_bar},
+            )
+            if len(errors)
+            else "",
+            bullets("Notes", self.notes),
+        )
 
 
 def fit_iteration_time(

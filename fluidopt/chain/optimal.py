@@ -21,7 +21,8 @@ from fluidopt.errors import InvalidInput, SolverFailure
 from fluidopt.policy.bound import revenue_bound
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.system import FloatArray, System
-from fluidopt.tables import html, text
+from fluidopt.tables import text
+from fluidopt.views import card, figures, html, paragraph, with_units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,7 +174,18 @@ class OptimalPolicy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self._headline, note=self._caption(), max_rows=80)
+        return card(
+            f"Optimal policy of {self.system.gpus} GPU(s)",
+            figures(
+                ("Revenue", self.revenue_rate, "money/s per GPU"),
+                ("Proved to be at most", self.upper_bound, "money/s per GPU"),
+                ("States", len(self.chain), ""),
+                ("Lost mass", self.lost_mass, ""),
+            ),
+            paragraph(f"{self._headline}."),
+            html(with_units(self.to_frame()), title="In the long run", max_rows=80),
+            paragraph(self._caption(), muted=True),
+        )
 
 
 def optimal_policy(

@@ -18,7 +18,8 @@ from fluidopt.inputs import is_number, is_whole
 from fluidopt.policy.rules import Policy
 from fluidopt.simulation.fleet import fleet_system, fluid_start
 from fluidopt.simulation.system import FloatArray, Start, System
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import bullets, card, figures, html, sketch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,8 +137,17 @@ class FluidTrajectory:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        note = f"{len(self.regimes)} regimes; " + shorten(self._visited(), most=8, between="; ")
-        return html(self._summary(), title=self._title(), note=note)
+        key = [("Revenue at the end", self.revenue_rate[-1], "money/s per GPU")]
+        if self.revenue_bound is not None:
+            key.append(("Plan", self.revenue_bound, "money/s per GPU"))
+        summary = self._summary()
+        return card(
+            f"Fluid trajectory over {self.time[-1]:g} s",
+            figures(*key),
+            sketch({"revenue rate": (self.time, self.revenue_rate)}, across="time, s", up="money/s per GPU"),
+            html(summary, title="At the end", units=dict.fromkeys(summary.columns, "requests/GPU")),
+            bullets("Regimes", self._visited(), most=8),
+        )
 
 
 def fluid_trajectory(

@@ -17,7 +17,8 @@ from fluidopt.plan import Plan
 from fluidopt.policy.rules import Policy, Role
 from fluidopt.program import Array
 from fluidopt.scenario import Scenario
-from fluidopt.tables import html, shorten
+from fluidopt.tables import shorten
+from fluidopt.views import card, cautions, figures, html, paragraph
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +124,12 @@ class Bound:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement)
+        return card(
+            "Revenue bound",
+            figures(("At most" if self.holds else "Fluid optimum", self.rate, "money/s per GPU")),
+            paragraph(self.statement) if self.holds else cautions([self.statement]),
+            html(self.to_frame(), title="What it rests on"),
+        )
 
 
 def revenue_bound(policy_or_plan: Policy | Plan) -> Bound:

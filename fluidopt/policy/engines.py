@@ -12,7 +12,8 @@ from fluidopt.contention import GPU
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import Name, NonNegativeInt, PositiveInt, dump, input_type, parse
 from fluidopt.policy.rules import Policy, Role
-from fluidopt.tables import bullets, html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import bullets, card, html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,8 +198,11 @@ class EngineSettings:
 
     def _repr_html_(self) -> str:
         note = f"Priority of a request: {_priority_words(self.priorities)}" if self.priorities else None
-        return html(self.to_frame(), title=f"vLLM {self.versions}: {self.title}", note=note) + bullets(
-            "Not said by these settings", [str(gap) for gap in self.gaps]
+        units = {"max_num_batched_tokens": "tokens", "long_prefill_token_threshold": "tokens"}
+        return card(
+            f"vLLM {self.versions}: {self.title}",
+            html(self.to_frame(), title="Settings of an engine, by role", note=note, units=units),
+            bullets("Not said by these settings", [str(gap) for gap in self.gaps], numbered=True),
         )
 
 

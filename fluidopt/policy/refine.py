@@ -32,6 +32,7 @@ from fluidopt.simulation.experiment import Cut, Replications, Serial, checked_se
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.result import SimulationResult
 from fluidopt.simulation.statistics import Estimate
+from fluidopt.views import bullets, card, cautions, figures, html, more, whisker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,6 +140,25 @@ class Refinement:
         )
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        no_better = "No rule found is surely better than gate-and-route, which is returned."
+        units = {"revenue_rate": "money/s per GPU", "half_width": "95 %", "horizon": "s"}
+        return card(
+            f"Refined policy for {self.policy.gpus} GPUs",
+            figures(
+                ("Revenue", self.revenue_rate, "money/s per GPU"),
+                ("Over gate-and-route", self.improvement, "money/s per GPU"),
+                ("Distance to the plan closed", 100.0 * self.gap_closed, "%"),
+            ),
+            cautions([] if self.improved else [no_better]),
+            bullets("Promises, of what is allowed", [_promise_sentence(promise).strip() for promise in self.promises]),
+            bullets("Rules", self.policy.rules(), numbered=True),
+            more(
+                f"{len(self.trials)} simulations of the search, seed {self.seed}",
+                html(self.to_frame(), title="", units=units, bars={"revenue_rate": whisker()}),
+            ),
+        )
 
 
 def _promise_sentence(promise: Promise) -> str:

@@ -17,6 +17,7 @@ from fluidopt.model import FluidModel
 from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.tables import shorten
+from fluidopt.views import bullets, card, figures
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -385,10 +386,12 @@ class Policy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        items = "".join(f"<li>{escape(rule)}</li>" for rule in self.rules())
-        return f"<div><b>Policy {escape(self.title)}</b><ol>{items}</ol></div>"
+        roles = ", ".join(f"{role.gpus} {role.name}" for role in self.roles)
+        return card(
+            f"Policy {self.kind}",
+            figures(("GPUs", self.gpus, roles), ("Fluid optimum", self.revenue_bound, "money/s per GPU")),
+            bullets("Rules", self.rules(), numbered=True),
+        )
 
 
 def decode_shares(policy: Policy) -> Array:

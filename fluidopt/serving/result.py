@@ -14,6 +14,7 @@ from fluidopt.inputs import is_number
 from fluidopt.policy.rules import Policy
 from fluidopt.serving.engine import EngineFleet
 from fluidopt.traces.trace import Trace
+from fluidopt.views import card, figures, html, paragraph
 from fluidopt.workload import TokenPrices
 
 if TYPE_CHECKING:
@@ -307,6 +308,13 @@ class Replay:
         return f"<Replay: {self.caption}>"
 
     def _repr_html_(self) -> str:
-        from fluidopt.tables import html
-
-        return html(self.percentiles(), title="Replay", note=self.caption + "; times in s")
+        return card(
+            "Replay",
+            figures(
+                ("Revenue", self.revenue_rate, "money/s per GPU"),
+                ("Completed", 100.0 * self.completed.mean(), "% of requests"),
+                ("GPUs busy", 100.0 * self.utilisation, "% of the time"),
+            ),
+            paragraph(f"{self.caption}."),
+            html(self.percentiles(), title="Times of completed requests, s"),
+        )

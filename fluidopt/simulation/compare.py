@@ -15,7 +15,8 @@ from fluidopt.policy.rules import Policy
 from fluidopt.simulation.experiment import Cut, Replications, StartName, checked_seed, checked_window, summary
 from fluidopt.simulation.result import SimulationResult
 from fluidopt.simulation.statistics import Estimate, difference
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import card, figures, html, paragraph, share_bar, whisker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +106,20 @@ class PolicyComparison:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=f"Best: {self.best}", note=self.caption, max_rows=80)
+        best = self.results[self.best]
+        money = ("revenue_rate", "half_width", "difference", "difference_half_width", "unpaired_half_width")
+        return card(
+            "Comparison of policies",
+            figures((f"Best: {self.best}", best.revenue_rate, "money/s per GPU")),
+            html(
+                self.to_frame(),
+                title="By revenue",
+                units=dict.fromkeys(money, "money/s per GPU") | {"of_bound": "of what no policy beats"},
+                bars={"revenue_rate": whisker(), "of_bound": share_bar, "difference": whisker("difference_half_width")},
+                max_rows=80,
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def compare_policies(

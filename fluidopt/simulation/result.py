@@ -16,7 +16,8 @@ from fluidopt.program import Array
 from fluidopt.simulation.fleet import fluid_values
 from fluidopt.simulation.statistics import Batches, Estimate
 from fluidopt.simulation.system import Trajectory
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import card, cautions, figures, html, paragraph, with_units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -262,12 +263,18 @@ class SimulationResult:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        title = f"{self.policy.kind}, {self.policy.gpus} GPUs: {self.revenue_rate}"
-        tables = html(self.to_frame(), title=title, note=self.caption, max_rows=80)
         percentiles = self.percentiles()
-        if len(percentiles):
-            tables += html(percentiles, title="Percentiles of those served, s", note="", max_rows=80)
-        return tables
+        return card(
+            f"Simulation of {self.policy.kind}, {self.policy.gpus} GPUs",
+            figures(
+                ("Revenue", self.revenue_rate, "money/s per GPU"),
+                ("Fluid optimum", self.bound.rate, "money/s per GPU"),
+            ),
+            paragraph(f"Revenue rate {self.revenue_rate} per GPU{self.against_plan}."),
+            html(with_units(self.to_frame()), title="Plan against simulation", max_rows=80),
+            html(percentiles, title="Percentiles of those served, s", max_rows=80) if len(percentiles) else "",
+            paragraph(self.caption, muted=True) if self.stationary else cautions([self.caption]),
+        )
 
 
 _PLAIN = (

@@ -11,6 +11,7 @@ from scipy import stats
 
 from fluidopt.program import Array
 from fluidopt.simulation.system import Totals
+from fluidopt.views import card, figures, paragraph
 
 LEVEL = 0.95
 BATCHES_PER_CONTROL = 3
@@ -34,6 +35,11 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.6g} ± {self.half_width:.2g} (95 %, effective sample size {self.effective_size:.3g})"
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        words = f"95 % interval {low:.6g} to {high:.6g}, effective sample size {self.effective_size:.3g}"
+        return card("Estimate", figures(("Mean", self, "")), paragraph(words, muted=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from fluidopt.plan import Plan
 from fluidopt.program import Array
 from fluidopt.scenario import Charging
 from fluidopt.solvers import Certificate, certify
-from fluidopt.tables import html, text
+from fluidopt.tables import text
 from fluidopt.traces.classify import (
     Classification,
     Cut,
@@ -29,6 +29,7 @@ from fluidopt.traces.classify import (
     log_lengths,
 )
 from fluidopt.traces.trace import Trace
+from fluidopt.views import amount_bar, card, figures, html, paragraph, share_bar
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
 
 if TYPE_CHECKING:
@@ -240,7 +241,24 @@ class ClassStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption, max_rows=60)
+        frame = self.to_frame()
+        shares = [name for name in frame.columns if name.endswith("explained")]
+        return card(
+            "Class study",
+            figures(
+                ("Every length known", self.revenue_rate, "money/s per GPU"),
+                ("Requests completed then", 100.0 * self.served, "%"),
+            ),
+            paragraph(self.statement),
+            html(
+                frame,
+                title="Groupings",
+                units=dict.fromkeys(shares, "of variance") | {"revenue_rate": "money/s per GPU", "loss": "of revenue"},
+                bars={"explained": share_bar, "loss": amount_bar},
+                max_rows=60,
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def class_study(

@@ -20,7 +20,8 @@ from fluidopt.simulation.experiment import Cut, Replications, checked_seed, chec
 from fluidopt.simulation.fleet import fluid_values
 from fluidopt.simulation.result import SimulationResult
 from fluidopt.simulation.statistics import merge
-from fluidopt.tables import html, text
+from fluidopt.tables import text
+from fluidopt.views import amount_bar, card, figures, html, paragraph, whisker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +77,18 @@ class FleetPoint:
         columns = (self.decode_targets, self.decode_by_role, self.decode_by_role_half_width)
         for label, *numbers in zip(labels, *map(np.ravel, columns), strict=True):
             yield "decode_by_role", label, *map(float, numbers)
+
+    def _repr_html_(self) -> str:
+        return card(
+            f"{self.policy.kind} on {self.policy.gpus} GPUs",
+            figures(
+                ("Revenue", self.result.revenue_rate, "money/s per GPU"),
+                ("Shortfall", 100.0 * self.shortfall, "% of the fluid bound"),
+                ("Decodes off the plan, in total", self.misplaced_in_total, "requests/GPU"),
+                ("By class", self.misplaced_by_class, "requests/GPU"),
+            ),
+            paragraph(self.result.caption, muted=True),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,7 +186,14 @@ class ConvergenceStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.fleets, title="Approach to the fluid plan", note=self.statement)
+        units = dict.fromkeys(("decodes_in_total", "decodes_by_class"), "requests/GPU off the plan")
+        units |= {"revenue_rate": "money/s per GPU", "half_width": "95 %", "shortfall": "of the fluid bound"}
+        return card(
+            "Approach to the fluid plan",
+            figures(("Fluid bound", self.plan.revenue_rate, "money/s per GPU")),
+            html(self.fleets, title="Fleets", units=units, bars={"revenue_rate": whisker(), "shortfall": amount_bar}),
+            paragraph(self.statement),
+        )
 
 
 def convergence_study(

@@ -33,7 +33,8 @@ from fluidopt.scenario import Scenario
 from fluidopt.simulation.experiment import checked_seed
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.system import IntArray
-from fluidopt.tables import html, text
+from fluidopt.tables import text
+from fluidopt.views import amount_bar, card, figures, html, paragraph
 from fluidopt.workload import TokenPrices, WorkloadClass
 
 if TYPE_CHECKING:
@@ -264,7 +265,26 @@ class OptimumStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption, max_rows=80)
+        median = 100.0 * self.losses.median()
+        money = ("optimum_lower", "optimum_upper", "bound", "rule_revenue", "gate_and_route_revenue")
+        losses = ("rule_loss", "gate_and_route_loss", "partition_loss")
+        return card(
+            "Threshold rules against the optimum",
+            figures(
+                ("Best rule, median loss", median["rule"], "%"),
+                ("Gate-and-route", median["gate-and-route"], "%"),
+                ("Partition alone", median["partition"], "%"),
+            ),
+            paragraph(self.statement),
+            html(
+                self.to_frame(),
+                title=f"{len(self.fleets)} small fleets",
+                units=dict.fromkeys(money, "money/s per GPU") | dict.fromkeys(losses, "% of upper") | {"cap_rise": "%"},
+                bars=dict.fromkeys(losses, amount_bar),
+                max_rows=80,
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def _in_short(rule: Rule, names: Sequence[str]) -> str:

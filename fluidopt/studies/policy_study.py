@@ -24,7 +24,8 @@ from fluidopt.simulation.compare import compare_policies
 from fluidopt.simulation.experiment import checked_seed, checked_window
 from fluidopt.simulation.statistics import LEVEL, Estimate
 from fluidopt.studies.work import Checkpoint, progress, run_jobs
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import amount_bar, card, cautions, figures, html, paragraph, whisker
 from fluidopt.workload import TokenPrices, WorkloadClass
 
 if TYPE_CHECKING:
@@ -161,6 +162,12 @@ class InstanceOutcome:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InvalidInput(f"not a saved outcome of a policy study: {error!r}") from None
+
+    def _repr_html_(self) -> str:
+        bound = ("Fluid bound", self.revenue_bound, "money/s per GPU")
+        earned = ((kind, each, "money/s per GPU") for kind, each in self.revenue.items())
+        unsettled = ["Not stationary: the fleet still changes after the warm-up."]
+        return card(f"Instance {self.number}", figures(bound, *earned), cautions([] if self.stationary else unsettled))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +366,25 @@ class PolicyStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.policies, title=self.statement, note=self.caption)
+        of = {
+            name: "of the best" if name.startswith("loss_to_best") else "of the bound"
+            for name in self.policies.columns
+            if name.startswith(("loss", "lead"))
+        }
+        counts = {"best_in": "instances", "ahead_in": "instances", "behind_in": "instances"}
+        bars = {
+            "loss_to_bound": whisker("loss_to_bound_half_width"),
+            "lead": whisker("lead_half_width"),
+            "best_in": amount_bar,
+        }
+        steady = all(each.stationary for each in self.instances)
+        return card(
+            "Policies on random instances",
+            figures(("Instances", len(self.instances), ""), ("GPUs", self.gpus, "each")),
+            paragraph(self.statement),
+            html(self.policies, title="Policies", units=of | counts, bars=bars),
+            paragraph(self.caption, muted=True) if steady else cautions([self.caption]),
+        )
 
 
 _PLAIN = ("gpus", "proposed", "gate", "horizon", "replications", "seed")

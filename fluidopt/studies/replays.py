@@ -28,9 +28,10 @@ from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.statistics import Estimate
 from fluidopt.studies.windows import Measured, measure
 from fluidopt.studies.work import Checkpoint, progress, run_jobs
-from fluidopt.tables import html, text
+from fluidopt.tables import text
 from fluidopt.traces.classify import Classification, classify
 from fluidopt.traces.trace import Trace
+from fluidopt.views import card, html, paragraph, share_bar, whisker
 from fluidopt.workload import TokenPrices
 
 if TYPE_CHECKING:
@@ -253,7 +254,22 @@ class ReplayStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption)
+        frame = self.to_frame()
+        shares = ("of_bound", "steady_of_bound", "model_of_bound")
+        units = dict.fromkeys(shares, "of the plan") | dict.fromkeys(("value_served", "value_in_time"), "of the value")
+        units |= dict.fromkeys(("completed", "abandoned", "in_time"), "of requests") | {"utilisation": "of the time"}
+        units |= {name: "s" for name in frame.columns if str(name).startswith(("ttft", "tpot"))}
+        return card(
+            "Replayed policies",
+            paragraph(self.statement),
+            html(
+                frame,
+                title="By number of GPUs",
+                units=units | {"revenue_rate": "money/s per GPU", "half_width": "95 %"},
+                bars={"revenue_rate": whisker(), "value_in_time": share_bar, "utilisation": share_bar},
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def replay_study(

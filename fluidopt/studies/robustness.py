@@ -26,7 +26,8 @@ from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.general import simulate_general
 from fluidopt.simulation.statistics import LEVEL, Estimate
 from fluidopt.simulation.system import System
-from fluidopt.tables import html, shorten, text
+from fluidopt.tables import shorten, text
+from fluidopt.views import amount_bar, card, html, paragraph, share_bar, signed_bar, whisker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -246,7 +247,20 @@ class RobustnessStudy:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption, max_rows=80)
+        frame = self.to_frame()
+        bars = {"revenue_rate": whisker(), "change": signed_bar, "behind_best": amount_bar, "of_bound": share_bar}
+        return card(
+            "Robustness study",
+            paragraph(self.statement),
+            html(
+                frame,
+                title="By disturbance",
+                units=dict.fromkeys(frame.columns, "money/s per GPU") | {"of_bound": "of the bound"},
+                bars=bars,
+                max_rows=80,
+            ),
+            paragraph(self.caption, muted=True),
+        )
 
 
 def _estimate(values: Array) -> Estimate:

@@ -22,7 +22,8 @@ from fluidopt.program import Array, LinearProgram
 from fluidopt.scenario import Charging
 from fluidopt.solvers import Certificate, Solution, SolverOptions, solve_program
 from fluidopt.studies.schedule_problem import Path, ScheduleProblem, path_of, schedule_program, step_by_step
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import amount_bar, bullets, card, figures, html, paragraph, signed_bar
 from fluidopt.workload import TokenPrices, Workload
 
 if TYPE_CHECKING:
@@ -200,8 +201,27 @@ class Schedule:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=f"{self.certificate}") + html(
-            self.intervals, title="Intervals (GPUs, money, requests)"
+        money = ("revenue", "switching_cost", "waiting_cost", "value", "saved")
+        units = {"request_rate": "requests/s", "prefill_gpus": "GPUs", "switched": "GPUs", "revenue": "money"}
+        units |= {"waiting": "requests", "gpu_value": "money/s per GPU"}
+        return card(
+            "Schedule",
+            figures(("Worth", self.value, "money over the horizon"), ("GPUs", self.problem.gpus, "")),
+            paragraph(self.statement),
+            html(
+                self.to_frame(),
+                title="Ways of planning",
+                units=dict.fromkeys(money, "money") | {"switched": "GPUs"},
+                bars={"saved": signed_bar},
+            ),
+            html(
+                self.intervals,
+                title="Intervals",
+                units=units,
+                bars={"request_rate": amount_bar, "prefill_gpus": amount_bar},
+            ),
+            bullets("Notes", self.notes),
+            paragraph(f"{self.certificate}", muted=True),
         )
 
 

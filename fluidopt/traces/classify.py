@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fluidopt.errors import InvalidInput
 from fluidopt.traces.checks import generator_of
 from fluidopt.traces.trace import Trace, unique
+from fluidopt.views import card, figures, html, paragraph
 from fluidopt.workload import Workload, WorkloadClass
 
 if TYPE_CHECKING:
@@ -65,9 +66,17 @@ class Classification:
         return f"<Classification: {self._headline()}>"
 
     def _repr_html_(self) -> str:
-        from fluidopt.tables import html
-
-        return html(self.to_frame(), title="Classification", note=self._headline())
+        units = {"arrival_rate": "requests/s", "prompt_tokens": "tokens, mean", "output_tokens": "tokens, mean"}
+        return card(
+            "Classification",
+            figures(
+                ("Classes", len(self.workload), ""),
+                ("Requests", self.assignment.size, ""),
+                ("Explained", 100.0 * self.explained, "% of the variance of log lengths"),
+            ),
+            html(self.to_frame(), title="Classes", units=units),
+            paragraph(self._headline(), muted=True),
+        )
 
     def _headline(self) -> str:
         text = (

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from html import escape
 from itertools import combinations, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput
 from fluidopt.traces.checks import (
+    INSTANT,
     finite_seconds,
     first_bad,
     generator_of,
@@ -26,6 +26,7 @@ from fluidopt.traces.checks import (
     read_only,
     token_counts,
 )
+from fluidopt.views import card, figures, html, paragraph
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +139,7 @@ class Trace:
         if self.observation_time is not None:
             return self.observation_time
         span, requests = float(self.arrival_time[-1]), len(self)
-        if span == 0.0:
+        if span < INSTANT:
             raise InvalidInput(
                 f"Trace: {requests:,} request(s) at a single instant tell no duration and so no rate; say "
                 "how many seconds were observed with observation_time=..."
@@ -413,13 +414,21 @@ class Trace:
 
     def _repr_html_(self) -> str:
         if not self._has_rate():
-            return f"<div><b>Trace</b><div>{escape(self._headline())}</div></div>"
-        from fluidopt.tables import html
-
-        return html(self.describe(), title="Trace", note=self._headline())
+            return card("Trace", paragraph(self._headline()))
+        return card(
+            "Trace",
+            figures(
+                ("Requests", len(self), ""),
+                ("Rate", self.request_rate, "requests/s"),
+                ("Prompt, mean", self.prompt_tokens.mean(), "tokens"),
+                ("Output, mean", self.output_tokens.mean(), "tokens"),
+            ),
+            html(self.describe(), title="By label", units={"requests": "", "request_rate": "requests/s"}),
+            paragraph(self._headline(), muted=True),
+        )
 
     def _has_rate(self) -> bool:
-        return self.observation_time is not None or float(self.arrival_time[-1]) > 0.0
+        return self.observation_time is not None or float(self.arrival_time[-1]) >= INSTANT
 
     def _headline(self) -> str:
         facts = [f"{len(self):,} requests"]

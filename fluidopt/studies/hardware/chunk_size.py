@@ -26,7 +26,8 @@ from fluidopt.program import Array
 from fluidopt.solvers.knapsack import CapacityProblem, applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
 from fluidopt.studies.hardware.values import Performance, gpu_number, paired, performance, price_bound, with_gpu
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import amount_bar, card, figures, html, paragraph, share_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,7 +300,19 @@ class ChunkChoice:
         return f"ChunkChoice: {self.statement}\n\n{text(self._around())}"
 
     def _repr_html_(self) -> str:
-        return html(self._around(), title=f"Chunk {self.chunk_size}", note=self.statement)
+        units = dict.fromkeys(("revenue_rate", "without_promises"), "money/s per GPU")
+        units |= dict.fromkeys(("slot_average_tpot", "user_tpot"), "s/token") | {"prefill_share": "of the fleet"}
+        return card(
+            "Best prefill chunk",
+            figures(("Chunk", self.chunk_size, "tokens"), ("Revenue", self.revenue_rate, "money/s per GPU")),
+            paragraph(self.statement),
+            html(
+                self._around(),
+                title="Chunks",
+                units=units,
+                bars={"revenue_rate": amount_bar, "prefill_share": share_bar},
+            ),
+        )
 
     def _around(self) -> pd.DataFrame:
         """Rows of doubling chunks, and the chosen one."""

@@ -19,7 +19,8 @@ from fluidopt.plan import Plan
 from fluidopt.program import Array
 from fluidopt.studies.hardware.values import Performance, gpu_number, paired, performance, with_gpu
 from fluidopt.studies.sizing.problem import SECONDS_PER_HOUR
-from fluidopt.tables import html, number, shorten, text
+from fluidopt.tables import number, shorten, text
+from fluidopt.views import amount_bar, card, figures, html, paragraph, share_bar, signed_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,7 +248,19 @@ class HardwareStudy:
         return f"HardwareStudy: {self.headline}\n\n{text(self.to_frame(), max_rows=12)}"
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=f"HardwareStudy: {self.headline}", max_rows=12)
+        units = {"revenue_rate": "money/s per GPU", "prefill_share": "of the fleet", "alpha": "s", "beta": "s/token"}
+        units |= {"batch_size": "requests", "chunk_size": "tokens", "solo": "s", "gamma": "1/s"}
+        return card(
+            f"Hardware of {self.gpu.name}",
+            paragraph(f"{self.headline}."),
+            html(
+                self.to_frame(),
+                title="Grid",
+                units=units | dict.fromkeys(("slot_average_tpot", "user_tpot"), "s/token"),
+                bars={"revenue_rate": amount_bar, "prefill_share": share_bar},
+                max_rows=12,
+            ),
+        )
 
 
 # ---- upgrades -------------------------------------------------------------------------------------------------------
@@ -410,7 +423,18 @@ class HardwareUpgrades:
         return f"HardwareUpgrades\n{text(self.to_frame())}\n\n{self.advice}"
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title="Upgrades, each with a plan of its own", note=self.advice)
+        units = {"gain": "money/s per GPU", "hourly_gain": "money/hour per GPU", "gain_share": "of revenue"}
+        return card(
+            f"Upgrades by {self.step:.0%}, each with a plan of its own",
+            figures(("As it is", self.plan.objective, "money/s per GPU")),
+            paragraph(self.advice),
+            html(
+                self.to_frame(),
+                title="Upgrades",
+                units=units | {"elasticity": "% per %", "user_tpot": "s/token"},
+                bars={"gain": signed_bar},
+            ),
+        )
 
 
 # ---- GPU types against each other -----------------------------------------------------------------------------------
@@ -517,7 +541,14 @@ class GPUComparison:
         return f"GPUComparison\n{text(self.to_frame())}\n\n{self.statement}"
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title="GPU types, one for one", note=self.statement)
+        units = {"batch_size": "requests", "chunk_size": "tokens", "beta": "s/token", "revenue_rate": "money/s per GPU"}
+        units |= dict.fromkeys(("slot_average_tpot", "user_tpot"), "s/token")
+        units |= dict.fromkeys(("hourly_price", "hourly_profit", "break_even_price"), "money/hour")
+        return card(
+            "GPU types, one for one",
+            paragraph(self.statement),
+            html(self.to_frame(), title="Types", units=units, bars={"revenue_rate": amount_bar}),
+        )
 
 
 def user_tpot(plan: Plan) -> float:

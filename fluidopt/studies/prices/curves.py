@@ -29,7 +29,8 @@ from fluidopt.solvers.knapsack import applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
 from fluidopt.solvers.warm import Solver
 from fluidopt.studies.hardware.values import check_revenue, price_bound
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import amount_bar, card, figures, html, paragraph, sketch
 from fluidopt.workload import TokenPrices
 
 if TYPE_CHECKING:
@@ -202,6 +203,17 @@ class PriceCurve:
     def piece_at(self, share: float) -> Piece:
         """The piece that holds a share; at a kink the one after it."""
         return self.pieces[min(int(np.searchsorted(self.kinks, share, side="right")) - 1, len(self.pieces) - 1)]
+
+    def _repr_html_(self) -> str:
+        return card(
+            f"Revenue over prices, {self.charging} charging",
+            figures(
+                ("All on the output price", self.revenue[0], "money/s per GPU"),
+                ("All on the prompt price", self.revenue[-1], "money/s per GPU"),
+                ("Plans", len(self.pieces), "straight pieces"),
+            ),
+            sketch({"R*": (self.kinks, self.revenue)}, across="share on the prompt price", up="money/s per GPU"),
+        )
 
 
 def price_curve(
@@ -385,7 +397,21 @@ class PriceStudy:
         return f"PriceStudy: {self.headline}\n\n{text(self.to_frame())}"
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title="Prices at fixed demand, a row per plan", note=self.headline)
+        units = dict.fromkeys(("share_from", "share_to"), "on the prompt price")
+        units |= dict.fromkeys(("revenue_from", "revenue_to"), "money/s per GPU")
+        units |= {"completed": "requests/s per GPU", "decode_queue": "requests/GPU", "wasted": "prefills/s per GPU"}
+        curves, present = (self.bundled, self.separate), self.charging()["revenue_rate"]
+        return card(
+            "Prices at fixed demand",
+            figures(*((f"{each.charging} charging", present[each.charging], "money/s per GPU") for each in curves)),
+            paragraph(f"{self.headline}."),
+            sketch(
+                {each.charging: (each.kinks, each.revenue) for each in curves},
+                across="share on the prompt price",
+                up="money/s per GPU",
+            ),
+            html(self.to_frame(), title="A row per plan", units=units, bars={"wasted": amount_bar}),
+        )
 
 
 def ratio(prices: TokenPrices) -> str:

@@ -31,6 +31,7 @@ from fluidopt.studies.prices.curves import (
     with_prices,
 )
 from fluidopt.tables import number
+from fluidopt.views import card, figures, paragraph, sketch
 from fluidopt.workload import TokenPrices
 
 if TYPE_CHECKING:
@@ -278,3 +279,17 @@ class OptimalPrices:
 
     def __repr__(self) -> str:
         return f"OptimalPrices: {self.statement}"
+
+    def _repr_html_(self) -> str:
+        shares, earned = self.tried.T
+        return card(
+            "Optimal prices",
+            figures(
+                ("Prompt", self.prices.prompt, "money/token"),
+                ("Output", self.prices.output, "money/token"),
+                ("Revenue", self.revenue_rate, "money/s per GPU"),
+                ("Any prices at most", self.bound, "money/s per GPU"),
+            ),
+            sketch({"R*": (shares, earned)}, across="share of the budget on the prompt price", up="money/s per GPU"),
+            paragraph(self.statement),
+        )

@@ -29,7 +29,8 @@ from fluidopt.solvers import Solution, certify, held, highs
 from fluidopt.solvers.scaling import scale
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
 from fluidopt.studies.sensitivity.tangent import tangent
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import card, html, paragraph, sketch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +218,17 @@ class SensitivityCurve:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption)
+        units = {"lower": self.unit, "upper": self.unit}
+        units |= dict.fromkeys(("revenue_at_lower", "revenue_at_upper"), "money/s per GPU")
+        units |= dict.fromkeys(("derivative_at_lower", "derivative_at_upper"), f"money/s per GPU and {self.unit}")
+        at = np.linspace(self.lower, self.upper, 81)
+        return card(
+            f"The optimum over {self.parameter}",
+            sketch({"R*": (at, self.revenue_rate(at))}, across=f"{self.parameter}, {self.unit}", up="money/s per GPU"),
+            paragraph(self.statement),
+            html(self.to_frame(), title="Pieces", units=units),
+            paragraph(self.caption, muted=True),
+        )
 
     def _checked(self, at: ArrayLike) -> Array:
         try:

@@ -23,7 +23,8 @@ from fluidopt.studies.sensitivity.parameters import (
     parameters_of,
 )
 from fluidopt.studies.sensitivity.tangent import Optimum, Slopes
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
+from fluidopt.views import card, facts, figures, html, paragraph, signed_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,6 +76,15 @@ class ParameterSensitivity:
         """The larger side of what 100 % of the parameter would bring at the present rate, for ranking."""
         sides = [abs(each) for each in (self.left, self.right, self.derivative) if not math.isnan(each)]
         return max(sides, default=0.0) * abs(self.value)
+
+    def _repr_html_(self) -> str:
+        per = f"money/s per GPU and {self.unit}"
+        return card(
+            f"Sensitivity to {self.parameter}",
+            figures(("Present value", self.value, self.unit), ("1 % more brings", self.per_percent, "money/s per GPU")),
+            facts(("derivative", self.derivative, per), ("left", self.left, per), ("right", self.right, per)),
+            paragraph(self.note, muted=True),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +234,15 @@ class Sensitivity:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self._shown, title=self.statement, note="Derivatives in money/s per GPU and unit.")
+        units = dict.fromkeys(("derivative", "left", "right"), "money/s per GPU and unit")
+        units |= {"elasticity": "% per %", "per_percent": "money/s per GPU"}
+        units |= dict.fromkeys(("step_down", "step_up"), "money/s per GPU")
+        return card(
+            "Sensitivity of the plan",
+            figures(("R*", self.objective, "money/s per GPU")),
+            paragraph(self.statement),
+            html(self._shown, title="Parameters, each alone", units=units, bars={"per_percent": signed_bar}),
+        )
 
     @property
     def _shown(self) -> pd.DataFrame:

@@ -25,7 +25,8 @@ from fluidopt.service_levels import CompletionFloor, ServiceLevel, SlotTPOT
 from fluidopt.solvers import Certificate, Solution, SolverOptions, certify, solve_program
 from fluidopt.solvers.infeasible import conflict
 from fluidopt.studies.sizing.problem import ARRIVALS, FLEET, SECONDS_PER_HOUR, FleetProblem, Formulated, formulate
-from fluidopt.tables import bullets, html, number, shorten, text
+from fluidopt.tables import number, shorten, text
+from fluidopt.views import bullets, card, figures, html, paragraph, share_bar
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass, as_workload
 
 if TYPE_CHECKING:
@@ -486,11 +487,25 @@ class FleetSize:
         return "\n".join(lines + [f"Note: {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:
-        parts = [
-            html(self.to_frame(), title=self._title, note=f"{self.solution.method}; {self.certificate}"),
-            html(self.modes, title="Modes (requests of the whole fleet)"),
-            html(self.classes, title=f"Classes (requests/s, s; marginal cost in {self.unit} per request/s)"),
-        ]
-        if len(self.promises):
-            parts.append(html(self.promises, title=f"Promises (marginal cost in {self.unit} per unit of the bound)"))
-        return "".join([*parts, bullets("Notes", self.notes)])
+        cost = {"cost": "money/hour", "whole_cost": "money/hour", "hourly_price": "money/hour"}
+        modes = {"gpus": "GPUs", "share_of_type": "of its type"}
+        modes |= dict.fromkeys(("prefill", "decode", "decode_slots"), "requests, whole fleet")
+        classes = dict.fromkeys(("arrival_rate", "completed"), "requests/s") | {"completed_share": "of arrivals"}
+        classes |= {"mean_wait": "s", "decode_queue": "requests", "marginal_cost": f"{self.unit} per request/s"}
+        return card(
+            "Fleet",
+            figures(
+                ("Perfect system", self.gpus.sum(), "GPUs"),
+                ("Rounded up", self.whole_gpus.sum(), "GPUs"),
+                *([("Cost, rounded up", self.whole_cost, "money/hour")] if self.problem.priced else []),
+                *([("Penalties", self.penalty, self.unit)] if self._has_penalties else []),
+            ),
+            html(self.to_frame(), title="GPU types", units=cost),
+            html(self.modes, title="Modes", units=modes, bars={"share_of_type": share_bar}),
+            html(self.classes, title="Classes", units=classes, bars={"completed_share": share_bar}),
+            html(self.promises, title="Promises", units={"marginal_cost": f"{self.unit} per unit of the bound"})
+            if len(self.promises)
+            else "",
+            bullets("Notes", self.notes),
+            paragraph(f"{self.solution.method}; {self.certificate}.", muted=True),
+        )

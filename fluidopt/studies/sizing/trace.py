@@ -18,8 +18,9 @@ from fluidopt.inputs import is_number, is_whole
 from fluidopt.service_levels import CompletionFloor, MeanTPOT
 from fluidopt.studies.sizing.fleet import FleetSize, size_fleet
 from fluidopt.studies.sizing.trace_bound import Promise, TraceBound, price_of, trace_bound
-from fluidopt.tables import html, number, text
+from fluidopt.tables import number, text
 from fluidopt.traces.trace import Trace
+from fluidopt.views import amount_bar, card, figures, html, paragraph, share_bar
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
 
 if TYPE_CHECKING:
@@ -292,8 +293,23 @@ class TraceSize:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html(self.to_frame(), title=self.statement, note=self.caption) + html(
-            self.intervals, title=f"Intervals (requests/s, tokens/s, {self.unit})"
+        per_type = dict.fromkeys(("fluid_gpus", "bound_gpus", "least_gpus", "gpus", "prefill_gpus"), "GPUs")
+        per_type |= dict.fromkeys(("cost", "least_cost"), self.unit) | {"share": "in time"}
+        per_type |= dict.fromkeys(("mean_ttft", "mean_tpot"), "s")
+        rates = {"start": "s", "seconds": "s", "request_rate": "requests/s", "gpus": "GPUs"}
+        rates |= dict.fromkeys(("prompt_rate", "output_rate"), "tokens/s")
+        return card(
+            "Fleet for a trace",
+            figures(
+                ("Replayed", self.best.gpus, f"GPUs {self.best.gpu.name}"),
+                ("At least", self.best.bound.least, "GPUs, whatever the policy"),
+                ("Cost", self.cost, self.unit),
+            ),
+            paragraph(self.statement),
+            html(self.to_frame(), title="By GPU type", units=per_type, bars={"share": share_bar}),
+            html(self.intervals, title="Intervals, perfect system", units=rates, bars={"gpus": amount_bar}),
+            html(self.tried, title="Fleets replayed", units=per_type, bars={"share": share_bar}),
+            paragraph(self.caption, muted=True),
         )
 
 

@@ -34,6 +34,7 @@ from fluidopt.program import Array, Block, LinearProgram
 from fluidopt.solvers import Certificate, Solution, SolverOptions, solve_program
 from fluidopt.tables import shorten
 from fluidopt.traces.trace import Trace
+from fluidopt.views import card, facts, figures, paragraph
 
 Index = NDArray[np.int64]
 
@@ -200,6 +201,15 @@ class TraceBound:
     def least(self) -> int:
         """No fleet of fewer GPUs keeps the promise: `cost` over the largest price, rounded up."""
         return max(1, math.ceil(self.cost / max(map(price_of, self.gpus)) * (1.0 - ROUNDING)))
+
+    def _repr_html_(self) -> str:
+        unit = "GPUs" if any(gpu.hourly_price is None for gpu in self.gpus) else "money/hour"
+        return card(
+            f"Least fleet for {self.promise}",
+            figures(("At least", self.least, "GPUs, whatever the policy"), ("Cost at least", self.cost, unit)),
+            facts(*((gpu.name, amount, "GPUs") for gpu, amount in zip(self.gpus, self.amounts.tolist(), strict=True))),
+            paragraph(f"Intervals of {self.interval:.4g} s; {self.certificate}.", muted=True),
+        )
 
 
 def trace_bound(
