@@ -267,8 +267,9 @@ class MeanTTFT:
 class MeanTPOT:
     """Mean time per output token as a user of the class sees it: time in decode and its queue over tokens.
 
-    y_i + q_d,i <= eta sum_k y_ik/tau_k. It fixes decodes class by class, which needs the SLI-aware router. The decode
-    queue of a class that never abandons is not determined and not counted.
+    y_i + q_d,i <= eta sum_k y_ik/tau_k. It fixes decodes class by class: where classes are promised different times, a
+    fleet needs the SLI-aware router for that. The decode queue of a class that never abandons is not determined and not
+    counted.
     """
 
     _: KW_ONLY

@@ -240,7 +240,7 @@ def test_the_rules_of_the_reference_contain_its_numbers(reference_plan):
     assert solo == "15 GPUs (solo): at most 16 decodes, never a prefill."
     assert "decode-heavy: 0.365; prefill-heavy: 3.9" in gate
     assert "decode-heavy: 6.33; 0 for the others" in gate
-    assert "goes to a random GPU with a free decode slot: a solo GPU, else a mixed GPU" in router
+    assert "goes to a random solo, else mixed GPU with a free decode slot" in router
     assert "first-come first-served" in router
 
 

@@ -529,5 +529,5 @@ def plot_replays(study: ReplayStudy) -> Figure:
     axis.set_yticks(range(len(rows)), [f"{n}  {kind}" for n, kind in rows], fontsize=6 if len(rows) > 9 else 8)
     axis.invert_yaxis()
     _panel(axis, "Revenue by world, % of the plan", rows=2)
-    _title(figure, f"{study.settings['requests']:,} recorded requests on {', '.join(map(str, study.sizes))} GPUs")
+    _title(figure, f"{study.settings['requests']:,} requests on {', '.join(map(str, study.sizes))} GPUs")
     return figure

@@ -21,7 +21,7 @@ ALL = "all"
 MOST_ROWS = 5_000_000
 """Tables of more rows are refused."""
 USUAL_WINDOWS = (1.0, 10.0, 60.0, 600.0, 3600.0)
-"""Windows in s by which `dispersion` goes unless told otherwise, as far as at least `FEWEST_WINDOWS` of them fit."""
+"""Windows in s by which `dispersion` goes unless told otherwise, as far as from `FEWEST_WINDOWS` to `MOST_ROWS` fit."""
 FEWEST_WINDOWS = 10
 
 
@@ -29,8 +29,8 @@ def rates(trace: Trace, *, interval: float) -> pd.DataFrame:
     """Return the rates of the stream in consecutive intervals from its first request on.
 
     One row per interval and label, and one per interval named "all" for the whole stream. Columns: ``label``;
-    ``start``, s after the first request; ``seconds``, the part of the interval that was observed, which is less
-    than ``interval`` in the last one; ``requests``, a count; ``request_rate``, requests/s; ``prompt_rate`` and
+    ``start``, s after the first request; ``seconds``, the part of the interval that was observed, which differs from
+    ``interval`` in the last one; ``requests``, a count; ``request_rate``, requests/s; ``prompt_rate`` and
     ``output_rate``, tokens/s of the requests that arrive then, whenever they are served.
 
     Args:
@@ -53,11 +53,13 @@ def rates(trace: Trace, *, interval: float) -> pd.DataFrame:
             f"Trace.rates: interval={length:g} s makes {duration / length:,.0f} intervals of each of {len(parts):,} "
             f"streams, more than {MOST_ROWS:,} rows; take at least {duration * len(parts) / MOST_ROWS:.3g} s"
         )
-    # Less a little, lest rounding add an interval of no length; the last request may lie on the very end.
-    count = max(1, math.ceil(duration / length - 1e-9))
+    # Less a little, lest rounding add an interval of no length; the last request may lie on the very end. Where the
+    # duration is the requests' own, the gap after the last one belongs to its interval and begins none.
+    observed = trace.observation_time if trace.observation_time is not None else float(trace.arrival_time[-1])
+    count = max(1, math.ceil(observed / length - 1e-9))
     place = np.minimum((trace.arrival_time / length).astype(np.int64), count - 1)
     start = length * np.arange(count)
-    seconds = np.minimum(length, duration - start)
+    seconds = np.append(np.full(count - 1, length), duration - start[-1])
     return pd.concat(
         [
             pd.DataFrame(
@@ -84,8 +86,8 @@ def dispersion(trace: Trace, *, windows: Sequence[float] | None = None) -> pd.Da
 
     Args:
         trace: the requests.
-        windows: their lengths, s; left out, those of 1, 10, 60, 600 and 3,600 s that fit at least ten times, or a
-            tenth of the duration where none does.
+        windows: their lengths, s; left out, those of 1, 10, 60, 600 and 3,600 s that fit from ten to 5 million
+            times, or a tenth of the duration where none does.
 
     Raises:
         InvalidInput: a window is not a finite number above 0, fits less than twice or more than 5 million times, or
@@ -182,7 +184,8 @@ def _sums(
 
 def _windows(windows: Sequence[float] | None, duration: float) -> list[float]:
     if windows is None:
-        return [each for each in USUAL_WINDOWS if FEWEST_WINDOWS * each <= duration] or [duration / FEWEST_WINDOWS]
+        usual = [each for each in USUAL_WINDOWS if FEWEST_WINDOWS <= duration / each <= MOST_ROWS]
+        return usual or [duration / FEWEST_WINDOWS]
     try:
         given = list(windows)
     except TypeError:

@@ -226,6 +226,7 @@ def plot_chunks(choice: ChunkChoice) -> Figure:
     for axis in axes:
         axis.axvline(choice.chunk_size, color=INK, linewidth=0.8, linestyle=":")
         axis.set_xlabel("chunk size C, tokens", fontsize=8)
+        axis.set_xlim(*axes[0].get_xlim())  # where promises leave few chunks solved, one panel spans less
         _spread(axis, "x", "chunk_size", choice.chunks.astype(float))
     _title(figure, f"Chunk {choice.chunk_size} earns {number(choice.revenue_rate)} money/s per GPU")
     return figure

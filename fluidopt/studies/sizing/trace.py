@@ -243,8 +243,8 @@ class TraceSize:
         sentences = [
             f"{self.promise} takes {_counted(best.bound.least)}{name} at least, whatever the policy (bound "
             f"{number(best.bound.cost / best.price)}); {_named(self.policy)} needs {best.gpus}",
-            f"At its mean rates the load fills {number(float(best.fluid.gpus.sum()))} GPUs of a perfect system, in the "
-            f"interval from {peak['start']:g} s on {number(float(peak['gpus']))}",
+            f"At its mean rates the load fills {number(float(best.fluid.gpus.sum()))} GPUs of a perfect system, "
+            f"and {number(float(peak['gpus']))} in the busiest interval, from {peak['start']:g} s on",
         ]
         if self.unit != "GPUs":
             sentences.append(
