@@ -3,6 +3,7 @@ from .chain import ChainResult, OptimalPolicy, exact_chain, optimal_policy
 from .contention import GPU, ContentionCurve, IterationTime, Mode
 from .curves import CurveGrid, Kink, LinearTime, TabulatedTime
 from .data import azure_2023, known_gpu, known_gpus
+from .data.example import write_example
 from .errors import (
     ContentionWarning,
     FluidoptError,
@@ -21,6 +22,7 @@ from .policy.controller import Controller, StartDecode, StartPrefill
 from .policy.engines import EngineSettings, engine_settings
 from .policy.refine import Refinement, refine_policy
 from .reference import reference_model
+from .reports import Report, report
 from .scenario import Scenario, read_scenario
 from .service_levels import (
     AbandonmentShare,
@@ -144,6 +146,7 @@ __all__ = [
     "Refinement",
     "Replay",
     "ReplayStudy",
+    "Report",
     "Resolved",
     "ResolvedMany",
     "RobustnessStudy",
@@ -217,6 +220,7 @@ __all__ = [
     "refine_policy",
     "replay",
     "replay_study",
+    "report",
     "revenue_bound",
     "robustness_study",
     "sensitivity",
@@ -227,6 +231,7 @@ __all__ = [
     "sweep",
     "threshold_policy",
     "trace_bound",
+    "write_example",
 ]
 
 __version__: str

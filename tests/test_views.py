@@ -163,6 +163,7 @@ SHOWN = {
     "PolicyStudy": random_instances,
     "InstanceOutcome": lambda: random_instances().instances[0],
     "OptimumStudy": lambda: fo.optimum_study(instances=1, starts=1, ranges=SmallFleetRanges(gpus=1, batch_size=2)),
+    "Report": lambda: fo.report(model(), gpus=2, horizon=100, replications=2),
     "Resolved": lambda: fo.Solver(model()).solve(),
     "ResolvedMany": lambda: fo.Solver(model()).solve_many({"c_p": np.array([0.1, 0.2])}),
 }

@@ -289,7 +289,7 @@ def refine_policy(
         rules = family.start() if start is None else family.around(start.rule.scaled(gpus / start.policy.gpus))
         found = search.descend(search.halve(rules).rule)
         comparison = _test(found.rule.policy(plan, int(gpus)), baseline, search, seed + 1)
-    made = {name: _measured(plan, result, seed + 1) for name, result in comparison.results.items()}
+    made = {name: measured_promises(plan, result, seed + 1) for name, result in comparison.results.items()}
     excess = {name: _excess(each) for name, each in made.items()}
     improvement = comparison.difference("refined", "gate-and-route")
     better = improvement.mean - improvement.half_width >= 0
@@ -319,7 +319,7 @@ def _test(refined: Policy, baseline: Policy, search: _Search, seed: int) -> Poli
     return comparison
 
 
-def _measured(plan: Plan, result: SimulationResult, seed: int) -> tuple[Promise, ...]:
+def measured_promises(plan: Plan, result: SimulationResult, seed: int) -> tuple[Promise, ...]:
     """The plan's promises in the simulation that ``result`` is of, run again as far as it is needed for them."""
     if not makes_promises(plan):
         return ()

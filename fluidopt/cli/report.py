@@ -1,0 +1,178 @@
+"""The command that writes everything about one instance on a page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluidopt.cli.options import (
+    KINDS,
+    STARTS,
+    Classes,
+    Gpus,
+    Horizon,
+    Inputs,
+    Json,
+    Patience,
+    Precision,
+    Replications,
+    Seed,
+    Start,
+    Template,
+    Warmup,
+    _is_scenario,
+    _resized,
+    among,
+)
+from fluidopt.cli.output import print_json, print_sentence, prose, terminal
+from fluidopt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from fluidopt.model import FluidModel
+    from fluidopt.scenario import Scenario
+    from fluidopt.traces.trace import Trace
+
+PAGE = Path("fluidopt-report.html")
+# Said here once more for shells that complete a word, as the policies are in `fluidopt.cli.options`.
+PROMISES = (
+    "slot_tpot",
+    "mean_ttft",
+    "mean_tpot",
+    "mean_wait",
+    "abandonment_share",
+    "completion_floor",
+    "prefill_fairness",
+    "decode_fairness",
+)
+# What does not change the page is not on it.
+UNSAID = ("output", "as_json")
+
+
+def report(
+    context: typer.Context,
+    inputs: Inputs,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=f"Where the page goes (default: {PAGE}; with --json, nowhere)."),
+    ] = None,
+    gpus: Gpus = None,
+    template: Template = None,
+    classes: Classes = None,
+    abandonment_rate: Patience = 0.0,
+    ttft: Annotated[float | None, typer.Option(help="Sizing: time to first token at most, s.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Sizing: time per output token at most, s.")] = None,
+    percentile: Annotated[
+        float, typer.Option(help="Sizing, with a trace: per cent of the requests that must meet both.")
+    ] = 90.0,
+    mean: Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")] = False,
+    promise: Annotated[
+        str | None,
+        typer.Option(
+            help="Frontier: service level whose bound is varied (default: the scenario's first, or slot_tpot).",
+            autocompletion=among(PROMISES),
+        ),
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Kind of policy.", autocompletion=among(KINDS))] = None,
+    horizon: Horizon = 2000.0,
+    precision: Precision = None,
+    warmup: Warmup = None,
+    replications: Replications = 8,
+    start: Start = "empty",
+    seed: Seed = 1,
+    as_json: Json = False,
+) -> None:
+    """Write one page for the person who decides: inputs, plan, policy, prices, simulated check, frontier, sizing.
+
+    The page is one HTML file that needs nothing else, for wide and narrow screens and for paper. A section that cannot
+    be made says why.
+
+    Example: fluidopt report scenario.toml -o report.html
+
+    Recorded requests, with the fleet sized for a promise: fluidopt report requests.csv --ttft 2 --tpot 0.05
+    """
+    from fluidopt.reports import Unmade
+    from fluidopt.reports import report as make
+
+    if start not in STARTS:
+        raise InvalidInput(f"--start must be empty or fluid; got {start!r}")
+    # Where the page goes is checked before what takes time.
+    page = PAGE if output is None and not as_json else output
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InvalidInput(f"--output must be a file in a directory that exists; got {str(page)!r}")
+    subject, scenario = _read(inputs, gpus, template)
+    made = make(
+        subject,
+        gpus=gpus,
+        scenario=scenario,
+        classes=classes,
+        abandonment_rate=abandonment_rate,
+        policy=policy,
+        horizon=horizon,
+        precision=precision,
+        warmup=warmup,
+        replications=replications,
+        start=start,  # type: ignore[arg-type]
+        seed=seed,
+        promise=promise,
+        ttft=ttft,
+        tpot=tpot,
+        percentile=None if mean else percentile,
+        command=command_line(context),
+    )
+    if as_json:
+        print_json(made.to_dict())
+    if page is not None:
+        made.save(page)
+    if not as_json:
+        console = terminal()
+        console.print(f"[bold]{made.title}[/]", width=prose())
+        for figure in made.figures:
+            print_sentence(console, "  - ", figure.sentence)
+        print(f"\nPage: {page}")
+    print(_spent(made.seconds), file=sys.stderr)
+    if isinstance(made.plan, Unmade):  # the page is there and says so, but it has no plan
+        raise made.plan.error
+    for name, part in made.unmade.items():
+        print(f"warning: {name}: {part.why}", file=sys.stderr)
+
+
+def _read(inputs: list[Path], gpus: int | None, template: Path | None) -> tuple[FluidModel | Trace, Scenario | None]:
+    """The model of a scenario file; or the trace of trace files, and what goes with it."""
+    from fluidopt.model import FluidModel
+    from fluidopt.scenario import read_scenario
+    from fluidopt.traces import read_trace
+
+    if len(inputs) == 1 and _is_scenario(inputs[0]):
+        if template is not None:
+            raise InvalidInput("--with goes with a trace; the scenario says all of it itself")
+        return FluidModel.from_scenario(_resized(read_scenario(inputs[0]), gpus)), None
+    return read_trace(inputs), read_scenario(template) if template is not None else None
+
+
+def command_line(context: Any) -> str:
+    """The command with the options that were given, in one order, whatever the order on the command line."""
+    words = ["fluidopt", "report"]
+    for parameter in context.command.params:
+        name, value = parameter.name, context.params.get(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in UNSAID or source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "argument":
+            words += [str(each) for each in value]
+        elif parameter.is_flag:
+            words.append(parameter.opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)
+
+
+def _spent(seconds: dict[str, float]) -> str:
+    """Where the time went, largest first; what took next to none left out."""
+    parts = [
+        f"{name} {value:.1f}" for name, value in sorted(seconds.items(), key=lambda each: -each[1]) if value >= 0.05
+    ]
+    return f"{sum(seconds.values()):.1f} s" + (f" ({', '.join(parts)})" if parts else "")
