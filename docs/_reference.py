@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from tempfile import TemporaryDirectory
 from textwrap import fill
 from typing import Any
 
 from IPython.display import Markdown
 
+SCRATCH = TemporaryDirectory()
 LEVELS = (
     "PrefillFairness",
     "DecodeFairness",
@@ -80,10 +83,11 @@ def command_options() -> Markdown:
     commands: Any = typer.main.get_command(app)
     parts = []
     for name, command in commands.commands.items():
-        lead, _, example = command.help.partition("Example:")
-        parts += [f"**fluidopt {name}**", "", *lead.strip().splitlines(), ""]
-        if example:
-            parts += ["```bash", example.strip(), "```", ""]
+        parts += [f"**fluidopt {name}**", ""]
+        for paragraph in f"{command.help}\n\n{command.epilog}".split("\n\n"):
+            # Examples stand in paragraphs that click does not wrap, which a backspace marks.
+            unbroken = paragraph.startswith("\b\n")
+            parts += ["```bash", paragraph[1:].strip(), "```", ""] if unbroken else [paragraph, ""]
         rows = [_option(each) for each in command.params if each.name != "help"]
         if rows:
             parts += ["| | default | |", "|---|---|---|", *rows, ""]
@@ -107,11 +111,22 @@ def _cell(text: str) -> str:
 
 
 def run(command: str) -> None:
-    """Run a command line of fluidopt's and print what it prints, and its exit code where that is not 0."""
+    """Run a command line of fluidopt's and print what it prints, and its exit code where that is not 0.
+
+    All commands of a page run in one directory, which goes when the page is done.
+    """
     words = command.split()
     assert words[0] == "fluidopt"
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, cwd=SCRATCH.name)
     print(f"$ {command}")
     print((done.stdout + fill(done.stderr.strip(), width=88)).rstrip())
     if done.returncode:
         print(f"$ echo $?\n{done.returncode}")
+
+
+def complete(line: str) -> None:
+    """Print what bash would offer at the end of a line."""
+    asked = {"_FLUIDOPT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    words = [sys.executable, "-c", "from fluidopt.cli import app; app(prog_name='fluidopt')"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **asked})
+    print("  ".join(done.stdout.split()))

@@ -69,7 +69,7 @@ _KINDS = (sympy.Add, sympy.Mul, sympy.Pow, Sum, Indexed, Symbol, sympy.exp, symp
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
-    |(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
+    |(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
     |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
     |(?P<label>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
     |(?P<sign>\*\*|<=|>=|==|!=|[-+*/()\[\],=<>])""",
@@ -405,7 +405,13 @@ class _Reader:
             self.finite(lambda: _ONE_ARGUMENT[name](_value(arguments[0])), f"{name}({arguments[0]})", node)
         if name == "sqrt":
             return self.power(arguments[0], Rational(1, 2), node)
-        made = self.checked(_FUNCTIONS[name](*arguments), node)
+        try:
+            made = _FUNCTIONS[name](*arguments)
+        except (TypeError, ValueError):  # of sympy, where arguments cannot be compared
+            raise self.refusal(
+                node, f"found {name} of something without an order", "every value must be real"
+            ) from None
+        self.checked(made, node)
         if not all(isinstance(part, _KINDS) or not part.args for part in _parts(made)):
             raise self.refusal(
                 node, f"found {name} of something it is not defined for here", "write it without that function"
@@ -422,6 +428,8 @@ class _Reader:
             raise self.refusal(over, f"found a sum over {self.described(over)}", usage)
         index = self.vocabulary.indices[over.id]
         inner = self.expression(node.args[0], depth)
+        if inner.is_zero:
+            return inner  # a sum of nothing, by which nothing may be divided
         summed = any(index.symbol == symbol for total in inner.atoms(Sum) for symbol, *_ in total.limits)
         if summed and index.symbol not in inner.free_symbols:
             raise self.refusal(node, f"found a second sum over {over.id} of the same terms", "leave one of them out")

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, wraps
 from numbers import Real
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fluidopt.errors import InvalidInput
@@ -29,15 +30,37 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _in_range(value: float) -> float:
+    """Refuse sizes whose products and quotients could leave the range of floating point."""
+    if abs(value) > LARGEST:
+        raise ValueError(f"must be at most {LARGEST:g} in size; got {value!r}")
+    return value
+
+
+def _divisor(value: float) -> float:
+    """Refuse a number above 0 that is so small that nothing can be divided by it."""
+    if 0.0 < value < SMALLEST:
+        raise ValueError(f"must be at least {SMALLEST:g}; got {value!r}")
+    return value
+
+
 _Number = BeforeValidator(_not_bool)
+_Size = AfterValidator(_in_range)
 MOST = 10**9
 """Largest count of anything that comes in whole numbers."""
-Finite = Annotated[float, Field(allow_inf_nan=False), _Number]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Sizes that other numbers may have: whatever the unit, nothing that is measured lies outside."""
+Finite = Annotated[float, Field(allow_inf_nan=False), _Number, _Size]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number, _Size, AfterValidator(_divisor)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number, _Size]
 PositiveInt = Annotated[int, Field(ge=1, le=MOST), _Number]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MOST), _Number]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+MOST_BYTES = 1 << 28
+"""Size of a file that is read as a whole: that of a scenario of a million classes."""
+MOST_FAULTS = 20
+"""Faults of an input that a message names."""
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -54,6 +77,13 @@ _RULES: Mapping[str, str] = {
     "int_from_float": "must be a whole number",
     "string_type": "must be a text",
     "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "union_tag_invalid": "must have {discriminator} among {expected_tags}",
+    "union_tag_not_found": "must have {discriminator}, which says what it is",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "model_attributes_type": "must be a table of fields",
     "too_short": "must have at least {min_length} entry",
     "literal_error": "must be {expected}",
     "tuple_type": "must be a list",
@@ -87,7 +117,10 @@ def is_number(value: object) -> bool:
     """Whether ``value`` is a finite real number, and not a truth value."""
     if type(value) is bool or not isinstance(value, Real):
         return False
-    return math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
 
 
 def is_whole(value: object, *, least: int, most: int = MOST) -> bool:
@@ -119,12 +152,28 @@ def adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
+def read_text(path: Path, *, encoding: str = "utf-8") -> str:
+    """The content of a file that is read as a whole.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text in this encoding, or too large.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"the file has more than {MOST_BYTES >> 20} MiB")
+    return content.decode(encoding)
+
+
 def explain(error: ValidationError, cls: type, *, label: object = None) -> str:
     """Rewrite a pydantic error as sentences: which field, which rule, which value."""
     where = f"{cls.__name__} {label!r}" if isinstance(label, str) and label else cls.__name__
     entries = error.errors(include_url=False)
     entries = [entry for entry in entries if not _other_branch(entry)] or entries
-    return f"{where}: " + "; ".join(dict.fromkeys(_sentence(entry, cls) for entry in entries))
+    shown = "; ".join(dict.fromkeys(_sentence(entry, cls) for entry in entries[:MOST_FAULTS]))
+    more = f"; and {len(entries) - MOST_FAULTS:,} more" if len(entries) > MOST_FAULTS else ""
+    return f"{where}: {shown}{more}"
 
 
 def _other_branch(entry: Any) -> bool:

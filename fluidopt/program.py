@@ -21,6 +21,9 @@ from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, ba
 from fluidopt.errors import InvalidInput
 
 Array = NDArray[np.float64]
+LARGEST = 1e100
+"""Coefficients, costs and right sides of a model beyond this are refused."""
+_SIZES = f"keep sizes below {LARGEST:g}: check divisions by 0, powers and units"
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,12 @@ def lower(program: SymbolicProgram, numbers: Numbers) -> LinearProgram:
     """Lower templates to sparse rows: each coefficient is compiled once and evaluated on whole arrays.
 
     Raises:
-        InvalidInput: where a row is not linear, or uses a variable that the model does not determine.
+        InvalidInput: where a row is not linear, uses a variable that the model does not determine, or holds a number
+            that is not finite or beyond 1e100 in size.
     """
-    return Lowering(program, numbers).run()
+    made = Lowering(program, numbers).run()
+    _check_sizes(made)
+    return made
 
 
 class Lowering:
@@ -332,6 +338,25 @@ class Lowering:
             return value.sum(axis=tuple(range(-len(inner), 0)))
         size = next((index for index in self.program.index_sets if index.size == argument), None)
         return float(self.size(size)) if size is not None else _spread(self.values(argument), (), axes)
+
+
+def _check_sizes(program: LinearProgram) -> None:
+    """Refuse a number that is not finite, or so large that no solver can bring it near 1.
+
+    Raises:
+        InvalidInput: naming the row, or the variable in the objective.
+    """
+    sides = np.where(np.isfinite(program.row_lower), program.row_lower, program.row_upper)
+    for values, rows in ((program.matrix.data, program.matrix.indices), (sides, np.arange(sides.size))):
+        bad = ~(np.abs(values) <= LARGEST)  # so that NaN is bad too
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise InvalidInput(f"row {program.row_names[rows[at]]} holds the number {values[at]:g}; {_SIZES}")
+    bad = ~(np.abs(program.objective) <= LARGEST)
+    if bad.any():
+        at = int(np.argmax(bad))
+        name, value = program.column_names[at], program.objective[at]
+        raise InvalidInput(f"the objective multiplies {name} by {value:g}; {_SIZES}")
 
 
 def _spread(values: NDArray[Any], indices: tuple[Expr, ...], axes: tuple[Symbol, ...]) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,8 +13,10 @@ from pydantic import Field, TypeAdapter
 
 from fluidopt.contention import GPU
 from fluidopt.errors import InvalidInput
-from fluidopt.inputs import Name, PositiveInt, dump, input_type, parse
+from fluidopt.inputs import Name, PositiveInt, dump, input_type, parse, read_text
 from fluidopt.service_levels import ServiceLevel
+from fluidopt.tables import number
+from fluidopt.views import bullets, card, figures, paragraph
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
 
 Charging = Literal["bundled", "separate"]
@@ -95,6 +97,33 @@ class Scenario:
         """Validate JSON-able data; ``source`` names it in error messages."""
         return parse(cls, data, source=source)
 
+    def _repr_html_(self) -> str:
+        prices = f"{number(self.prices.prompt)} : {number(self.prices.output)}"
+        gpus = [("GPUs", self.gpus, "")] if self.gpus is not None else []
+        return card(
+            f"Scenario, {self.charging} charging",
+            figures(
+                ("Classes", len(self.classes), ""),
+                ("GPU types", len(self.gpu_types), ""),
+                *gpus,
+                ("Prompt : output", prices, "money/token"),
+            ),
+            self.workload._repr_html_(),
+            *(gpu._repr_html_() for gpu in self.gpu_types),
+            bullets("Service levels", list(map(_in_words, self.service_levels))),
+            bullets("Rows of one's own", [f"{row.name}: {row.row}" for row in self.rows]),
+            bullets("Objective", [self.objective] if self.objective else []),
+            paragraph(self.source, muted=True),
+        )
+
+
+def _in_words(level: ServiceLevel) -> str:
+    """A service level with what was given of it: ``slot_tpot: at_most 0.03``."""
+    given = ((each.name, getattr(level, each.name)) for each in fields(level))
+    return f"{level.kind}: " + ", ".join(
+        f"{name} {value}" for name, value in given if name != "kind" and value is not None
+    )
+
 
 def read_scenario(path: str | Path) -> Scenario:
     """Read a scenario file, TOML or JSON by its ending.
@@ -106,9 +135,10 @@ def read_scenario(path: str | Path) -> Scenario:
         raise InvalidInput(f"read_scenario: path must be a file name; got {path!r}")
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{path}: cannot read the scenario file ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"{path}: cannot read the scenario file ({reason}); check the path") from None
     try:
         if path.suffix.lower() == ".toml":
             data = tomllib.loads(text)

@@ -174,7 +174,8 @@ class SlotTPOT:
         share = context.symbols.phi[context.symbols.k].base[Integer(0)]
 
         def tpot(S: float) -> float:
-            return B * solo - (B - 1) * mixed + (curve / (B - S) if curve else 0.0)
+            # c0 + c1/(B - S) without the difference of two numbers that grow with B.
+            return solo + ((B - 1) * (mixed - solo) * S / (B - S) if curve else 0.0)
 
         def tangent(S: float, at: str) -> RowFamily:
             slope = curve / (B - S) ** 2 if curve else 0.0

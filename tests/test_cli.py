@@ -1,11 +1,21 @@
 """The terminal as its user meets it: what is printed, what is JSON, how mistakes end."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
+
+import fluidopt as fo
+from fluidopt.cli import app, example, options
+from fluidopt.data import azure_2023_summary
+from fluidopt.data.example import drawn_requests
 
 SCENARIO = """
 [prices]
@@ -200,3 +210,214 @@ def test_replay_names_what_is_wrong(tmp_path, words, message):
     done = run("replay", "trace.csv", "--gpus", "2", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+COMMANDS = typer.main.get_command(app).commands
+EXAMPLES = [
+    (name, line.strip())
+    for name, command in COMMANDS.items()
+    for line in command.epilog.splitlines()
+    if line.startswith("  fluidopt ")
+]
+
+
+@pytest.fixture(scope="session")
+def tried(tmp_path_factory):
+    """A directory in which nothing has happened but ``fluidopt example``."""
+    folder = tmp_path_factory.mktemp("example")
+    done = run("example", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "drawn and not recorded" in done.stdout
+    return folder
+
+
+def test_every_command_has_an_example():
+    assert {name for name, _ in EXAMPLES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "line"), EXAMPLES, ids=lambda value: value)
+def test_examples_work_when_pasted(name, line, tried, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path if name == "example" else tried)
+    line, _, output = line.partition(" > ")
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.stderr or repr(done.exception)
+    assert done.stdout or output is None
+    if output:
+        json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("line", [line for line in example.NEXT if line not in {each for _, each in EXAMPLES}])
+def test_what_example_says_next_works(line, tried, monkeypatch):
+    monkeypatch.chdir(tried)
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.stderr or repr(done.exception)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_and_keeps_examples_whole(name, columns):
+    done = CliRunner().invoke(app, [name, "--help"], terminal_width=columns)
+    lines = done.stdout.splitlines()
+    examples = [line for line in lines if line.startswith("    fluidopt ")]
+    assert [line.strip() for line in examples] == [line for each, line in EXAMPLES if each == name]
+    assert lines[-1] == examples[-1]
+    assert max(len(line) for line in lines if line not in examples) <= columns
+
+
+def test_drawn_requests_have_the_recorded_means():
+    frame = drawn_requests(seconds=7200.0, seed=1)
+    assert frame["arrival_time"].between(0, 7200).all()
+    assert frame["arrival_time"].is_monotonic_increasing
+    for service in azure_2023_summary()["label"]["classes"]:
+        mine = frame[frame["label"] == service["name"]]
+        mean = service["arrival_rate"] * 7200
+        assert abs(len(mine) - mean) < 5 * np.sqrt(mean)
+        for name, more in (("prompt", 0), ("output", 1)):
+            spread = service[f"{name}_cv"] * service[f"{name}_tokens"]
+            error = mine[f"{name}_tokens"].mean() - more - service[f"{name}_tokens"]
+            assert abs(error) < 5 * spread / np.sqrt(len(mine)) + 0.5
+    assert set(frame["origin"]) == {"drawn"}
+
+
+def test_example_overwrites_nothing(tried):
+    before = {path: path.read_bytes() for path in tried.glob("*.csv")}
+    done = run("example", cwd=tried)
+    assert done.returncode == 2
+    assert "nothing is overwritten" in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    refused = run("example", "requests.csv/in", cwd=tried)
+    assert refused.returncode == 2
+    assert "name a directory that you may write to" in refused.stderr
+
+
+def test_the_drawn_requests_are_a_trace(tried):
+    trace = fo.read_trace(tried / "requests.csv")
+    assert len(trace) == len(drawn_requests())
+    assert set(trace.labels) == {"code", "conv"}
+
+
+def test_kinds_are_those_of_the_policies():
+    from fluidopt.policy.extract import RULES
+
+    assert (*RULES, "refined") == options.KINDS
+
+
+def completed(line, shell="bash"):
+    """What a shell would offer at the end of a line, asked as its completion script asks."""
+    words = line.split(" ")
+    asked = {
+        "bash": {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
+        "zsh": {"_TYPER_COMPLETE_ARGS": line},
+        "fish": {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    done = CliRunner().invoke(app, [], prog_name="fluidopt", env={"_FLUIDOPT_COMPLETE": f"complete_{shell}", **asked})
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("line", "offers", "not_offered"),
+    [
+        ("fluidopt si", ["simulate", "size"], "schema"),
+        ("fluidopt plan --so", ["--solver"], "--gpus"),
+        ("fluidopt plan scenario.toml --solver ", ["auto", "knapsack", "highs", "cvxpy"], "simplex"),
+        ("fluidopt simulate --policy G", ["GI-WSP", "GF-WSP", "GG-SP"], "FG-SP"),
+        ("fluidopt replay --policy e", ["engine"], "sli-aware"),
+        ("fluidopt size --gpu llama-3.1-8b/", ["llama-3.1-8b/h100-sxm"], "llama-3.1-70b"),
+        ("fluidopt fit --form p", ["piecewise"], "table"),
+    ],
+)
+def test_shells_complete_commands_options_and_values(line, offers, not_offered, shell):
+    found = completed(line, shell)
+    assert all(offer in found for offer in offers)
+    assert not_offered not in found
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_installed(shell):
+    done = CliRunner().invoke(app, [], prog_name="fluidopt", env={"_FLUIDOPT_COMPLETE": f"source_{shell}"})
+    assert "_FLUIDOPT_COMPLETE" in done.stdout
+
+
+def test_completion_loads_nothing_slow():
+    code = "import sys, fluidopt.cli; print({'numpy', 'pydantic', 'sympy', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_version():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"fluidopt {fo.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], ""),
+        (["plna"], "No such command 'plna'"),
+        (["plan", "--solvr", "highs"], "No such option: --solvr"),
+        (["plan", "."], "--gpus is required with a trace"),
+        (["plan", ".", "--gpus", "2"], "cannot be opened: Is a directory; check the path"),
+        (["plan", "empty.csv", "--gpus", "2"], "the file is empty"),
+        (["plan", "empty.toml"], "classes is required"),
+        (["plan", "empty.json"], "not valid JSON"),
+        (["plan", "scenario.toml", "--figure", "no/out.png"], "name a file in a directory that you may write to"),
+        (["fit", "."], "cannot be read: Is a directory; check the path"),
+        (["fit", "iteration_times.csv"], "seconds missing in the header"),
+        (["fit", "iteration_times.csv", "--column", "seconds"], "--column must be NAME=COLUMN"),
+        (["simulate", "scenario.toml", "--horizon", "1e300"], "take at most"),
+        (["simulate", "scenario.toml", "--gpus", "100000000"], "--gpus must be at most 1,000,000"),
+        (["replay", "requests.csv", "--gpus", "1", "--csv", "."], "cannot write .: Is a directory"),
+    ],
+)
+def test_each_mistake_is_one_line(words, message, tried, capfd, monkeypatch):
+    """Also those that typer finds."""
+    from fluidopt.cli import main
+
+    for name in ("empty.csv", "empty.toml", "empty.json"):
+        (tried / name).touch()
+    monkeypatch.chdir(tried)
+    monkeypatch.setattr(sys, "argv", ["fluidopt", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capfd.readouterr()
+    if not words:
+        assert "Start with" in out
+        assert not stopped.value.code
+        return
+    assert stopped.value.code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_closed_pipe_and_a_full_disk_end_quietly(tried):
+    program = f"{shlex.quote(sys.executable)} -m fluidopt"
+    done = subprocess.run(
+        ["bash", "-c", f"for at in 1 2; do {program} schema; done | head -1"],
+        capture_output=True,
+        text=True,
+        cwd=tried,
+        check=False,
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "fluidopt", "schema"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 2
+        assert done.stderr == "error: cannot write to standard output: No space left on device\n"
+
+
+def test_a_terminal_without_the_signs_gets_them_in_writing(tried):
+    words = [sys.executable, "-m", "fluidopt", "simulate", "scenario.toml", "--horizon", "200"]
+    done = subprocess.run(
+        words, capture_output=True, cwd=tried, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xb1 95 %" in done.stdout

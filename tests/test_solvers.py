@@ -426,7 +426,7 @@ def test_unknown_solver_or_options(reference, arguments, message):
 
 
 def test_coefficients_that_highs_refuses_are_a_failure():
-    gpu = fo.GPU(fo.IterationTime(alpha=1e-300, beta=0, solo=1e-300), batch_size=2, chunk_size=1)
+    gpu = fo.GPU(fo.IterationTime(alpha=1e-30, beta=0, solo=1e-30), batch_size=2, chunk_size=1)
     model = build(reference_model().workload, gpu)
     with pytest.raises(fo.SolverFailure):
         model.solve("highs")

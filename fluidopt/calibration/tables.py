@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fluidopt.curves import LinearTime
 from fluidopt.errors import InvalidInput
+from fluidopt.inputs import MOST, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 MEASURED = ("chunk", "decodes", "kv_tokens", "seconds")
 LABELS = ("model", "gpu", "tensor_parallel")
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+SHORTEST, LONGEST = 1e-9, 1e6
+"""Seconds that an iteration may take."""
 DERIVED = "pcap"
 """What the names of Splitwise's power-capped GPUs end in."""
 Unit = Literal["s", "ms", "us"]
@@ -49,13 +52,17 @@ class _Line:
             value = math.nan
         if not math.isfinite(value) or value < least:
             raise _Fault(f"expected a number of at least {least:g} in column {column}, found {text[:60]!r}")
+        if value > MOST:
+            raise _Fault(f"expected a number of at most {MOST:g} in column {column}, found {text[:60]!r}")
         return value
 
     def time(self, column: str, unit: Unit) -> float:
         """A time above 0, in seconds."""
         value = self.number(column) * UNITS[unit]
-        if value == 0:
-            raise _Fault(f"expected a time above 0 in column {column}, found {self.cells[column].strip()!r}")
+        if value < SHORTEST:
+            raise _Fault(f"expected a time above 0 in column {column}, found {self.cells[column].strip()[:60]!r}")
+        if value > LONGEST:
+            raise _Fault(f"expected a time of at most {LONGEST:g} s in column {column}, found {value:g} s")
         return value
 
     def label(self, column: str) -> str:
@@ -250,6 +257,10 @@ def _plain(columns: Mapping[str, str], unit: Unit) -> Callable[[_Line], Iterator
 def _layout(header: list[str], columns: Mapping[str, str] | None, unit: Unit, path: str) -> _Layout:
     """The layout that a header has, by the columns given or by its content."""
     if columns is not None:
+        if not isinstance(columns, Mapping):
+            raise InvalidInput(
+                f"{path}: columns must map {[*MEASURED, *LABELS]} to columns of the file; got {columns!r}"
+            )
         unknown = sorted(set(columns) - {*MEASURED, *LABELS})
         if unknown:
             raise InvalidInput(f"{path}: columns has {unknown}; its keys must be among {[*MEASURED, *LABELS]}")
@@ -306,7 +317,7 @@ def _published(entry: Any, place: str) -> dict[str, Any]:
             "max_batch_size": int(entry["maxBatchSize"]),
             "at_tokens": int(entry["atTokens"]),
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # OverflowError: an integer beyond float
         raise InvalidInput(
             f"{place}: expected name, acc, accCount, maxBatchSize, atTokens and perfParms with numbers alpha, beta, "
             f"gamma ({error!r})"
@@ -330,11 +341,12 @@ def _published(entry: Any, place: str) -> dict[str, Any]:
 def _text(path: str | os.PathLike[str], caller: str) -> tuple[str, str]:
     """Name and content of a file."""
     try:
-        return str(path), Path(path).read_text(encoding="utf-8-sig")
+        return str(path), read_text(Path(path), encoding="utf-8-sig")
     except TypeError:
         raise InvalidInput(f"{caller}: path must be a file name; got {path!r}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise InvalidInput(f"{caller}: {str(path)!r} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"{caller}: {str(path)!r} cannot be read: {reason}; check the path") from None
 
 
 def _lines(text: str, path: str) -> tuple[list[str], Iterator[tuple[int, _Line]]]:

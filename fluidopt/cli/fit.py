@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import Figure, Json
-from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
+from fluidopt.cli.options import FORMS, UNITS, Figure, Json, among
+from fluidopt.cli.output import check_figure, print_json, print_sentence, print_table, prose, terminal, writing
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,11 +19,22 @@ if TYPE_CHECKING:
 
 def fit(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Measured iteration times: a CSV file with a header.")],
-    form: Annotated[str, typer.Option(help="auto, affine, linear, piecewise or table.")] = "auto",
+    form: Annotated[
+        str, typer.Option(help="auto, affine, linear, piecewise or table.", autocompletion=among(FORMS))
+    ] = "auto",
     model: Annotated[str | None, typer.Option(help="The language model, where the table has several.")] = None,
     gpu: Annotated[str | None, typer.Option(help="The GPU, where the table has several.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="The tensor-parallel size, likewise.")] = None,
-    unit: Annotated[str, typer.Option(help="Of a plain table's times: s, ms or us.")] = "s",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN",
+            help="Of a plain table: what it calls chunk, decodes, kv_tokens or seconds; may be repeated.",
+        ),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option(help="Of a plain table's times: s, ms or us.", autocompletion=among(UNITS))
+    ] = "s",
     longest_kv: Annotated[
         float | None, typer.Option(help="Leave out measurements with more KV tokens per decode than this.")
     ] = None,
@@ -35,24 +46,29 @@ def fit(
 ) -> None:
     """Fit an iteration-time curve to measurements, say how good it is, and give the lines for a scenario file.
 
-    Example: fluidopt fit measurements.csv --gpu h100 -o curve.toml
+    Example: fluidopt fit iteration_times.csv --column seconds=milliseconds --unit ms -o curve.toml
     """
     from fluidopt.calibration import fit_iteration_time, plot_fit, read_iteration_times
 
     # What may be written is checked before what takes time.
-    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(figure)!r}")
-    frame = read_iteration_times(table, model=model, gpu=gpu, tensor_parallel=tensor_parallel, unit=unit)  # type: ignore[arg-type]
+    check_figure(figure)
+    frame = read_iteration_times(
+        table,
+        model=model,
+        gpu=gpu,
+        tensor_parallel=tensor_parallel,
+        columns=_columns(column),
+        unit=unit,  # type: ignore[arg-type]
+    )
     if longest_kv is not None:
         frame = frame[frame["kv_tokens"] <= longest_kv]
     found = fit_iteration_time(frame, form=form)  # type: ignore[arg-type]
-    try:
-        if figure is not None:
+    if figure is not None:
+        with writing(figure):
             plot_fit(found).savefig(figure)
-        if output is not None:
+    if output is not None:
+        with writing(output):
             output.write_text(found.to_toml(), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot write {error}") from None
     if as_json:
         print_json(found.to_dict())
         return
@@ -65,6 +81,15 @@ def fit(
     else:
         console.print("[bold]Lines for a scenario file[/]")
         print(found.to_toml(), end="")
+
+
+def _columns(given: list[str] | None) -> dict[str, str] | None:
+    """What the table calls its columns, by the name of each here."""
+    pairs = [each.partition("=") for each in given or ()]
+    for name, _, column in pairs:
+        if not (name and column):
+            raise InvalidInput(f"--column must be NAME=COLUMN, such as seconds=step_time; got {name + _ + column!r}")
+    return {name: column for name, _, column in pairs} or None
 
 
 def _show(console: Console, found: IterationTimeFit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,40 @@ if TYPE_CHECKING:
     from fluidopt.model import FluidModel
     from fluidopt.scenario import Scenario
     from fluidopt.workload import TokenPrices
+
+# Said here once more, because a shell that completes a word cannot wait for the modules that define them.
+SOLVERS = ("auto", "knapsack", "highs", "cvxpy")
+FORMS = ("auto", "affine", "linear", "piecewise", "table")
+UNITS = ("s", "ms", "us")
+STARTS = ("empty", "fluid")
+KINDS = (
+    "gate-and-route",
+    "prioritize-and-route",
+    "sli-aware",
+    "sli-aware-general",
+    "FI-WSP",
+    "GI-WSP",
+    "GF-WSP",
+    "FG-SP",
+    "GG-SP",
+    "refined",
+)
+
+
+def among(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell offers in place of a word that is not finished: those of ``words`` that begin like it."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def gpu_names(incomplete: str) -> list[str]:
+    """The GPUs that ship with the package and begin like this; their names alone, without their curves."""
+    text = files("fluidopt").joinpath("data", "gpus.json").read_text(encoding="utf-8")
+    return among([*json.loads(text)])(incomplete)
+
 
 Inputs = Annotated[
     list[Path],
@@ -29,7 +65,7 @@ Classes = Annotated[int | None, typer.Option(help="With a trace: how many classe
 Patience = Annotated[
     float, typer.Option("--abandonment-rate", help="With a trace: 1/s, 0 for requests that never give up.")
 ]
-Solver = Annotated[str, typer.Option(help="auto, knapsack, highs or cvxpy.")]
+Solver = Annotated[str, typer.Option(help="auto, knapsack, highs or cvxpy.", autocompletion=among(SOLVERS))]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random streams.")]
 Horizon = Annotated[float, typer.Option(help="Simulated seconds per replication, warm-up included.")]
@@ -40,10 +76,14 @@ Precision = Annotated[
 Warmup = Annotated[float | None, typer.Option(help="Seconds not measured (default: chosen by MSER).")]
 Kinds = Annotated[
     list[str] | None,
-    typer.Option("--policy", help="Kind of policy; several of them are compared on the same arrivals."),
+    typer.Option(
+        "--policy",
+        help="Kind of policy; several of them are compared on the same arrivals.",
+        autocompletion=among(KINDS),
+    ),
 ]
 Replications = Annotated[int, typer.Option(help="Independent replications, at least 2.")]
-Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.")]
+Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.", autocompletion=among(STARTS))]
 Figure = Annotated[Path | None, typer.Option(help="Write a figure there (.png, .svg or .pdf).")]
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +35,17 @@ def terminal() -> Console:
 
 
 def print_json(data: Any) -> None:
-    """Print data as JSON, the only thing on standard output."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print data as JSON, the only thing on standard output; JSON has no NaN and no infinity, so they become null."""
+    ascii_only = not (sys.stdout.encoding or "ascii").lower().startswith("utf")
+    print(json.dumps(_without_nan(data), indent=2, ensure_ascii=ascii_only, allow_nan=False))
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def frame_data(frame: pd.DataFrame | pd.Series[Any]) -> Any:
@@ -73,17 +85,30 @@ def result_data(result: SimulationResult) -> dict[str, Any]:
     return {"comparison": rows, **data}
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where a file is written: what the system refuses becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidInput(f"cannot write {path}: {reason}; name a file in a directory that you may write to") from None
+
+
+def check_figure(path: Path | None) -> None:
+    """Refuse a figure of a kind that is not drawn; asked before what takes time."""
+    if path is not None and path.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(path)!r}")
+
+
 def write_figure(path: Path, plan: Plan, result: SimulationResult | None) -> None:
     """Draw the plan, or the plan beside its simulated check, into a file."""
     from fluidopt.plots import plot_plan, plot_summary
 
-    if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(path)!r}")
+    check_figure(path)
     figure = plot_plan(plan) if result is None else plot_summary(plan, result)
-    try:
+    with writing(path):
         figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot write the figure to {path}: {error}") from None
 
 
 def print_table(console: Console, title: str, frame: pd.DataFrame, *, first: str) -> None:

@@ -41,7 +41,13 @@ from fluidopt.cli.output import (
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from fluidopt.model import FluidModel
     from fluidopt.policy import Policy
+
+DEMO_HORIZON = 2000.0
+MOST_GPUS = 1_000_000
+MOST_REQUESTS = 1e10
+"""A simulation of more requests takes more than about an hour on one core."""
 
 
 def demo(
@@ -70,7 +76,8 @@ def demo(
     )
     plan = model.solve()
     policy = plan.policy(gpus=gpus)
-    result = policy.simulate(horizon=2000.0, seed=seed)
+    _check_effort(model, gpus, DEMO_HORIZON, 8)
+    result = policy.simulate(horizon=DEMO_HORIZON, seed=seed)
     write_figure(figure, plan, result)
     if as_json:
         print_json({"plan": plan_data(plan), "policy": policy.to_dict(), "simulation": result_data(result)})
@@ -87,9 +94,10 @@ def demo(
     show_plan(console, plan)
     show_policy(console, policy)
     show_result(console, result)
-    console.print(f"\nFigure: {figure}")
+    console.print(f"\nFigure: {figure}", markup=False)
     console.print(
-        "Next: [bold]fluidopt plan YOUR_TRACE.csv --gpus N[/], or write a scenario ([bold]fluidopt schema[/]).",
+        "Next: [bold]fluidopt plan YOUR_TRACE.csv --gpus N[/], or files to try every command on: "
+        "[bold]fluidopt example[/].",
         width=prose(),
     )
 
@@ -107,6 +115,8 @@ def plan(
     """Compute the optimal plan of a scenario or a trace: who is served, by which GPUs, at what prices.
 
     Example: fluidopt plan scenario.toml
+
+    Recorded requests: fluidopt plan requests.csv --gpus 4 --abandonment-rate 0.05
     """
     model = read_model(inputs, gpus, template, classes, abandonment_rate)
     solved = model.solve(solver)
@@ -150,6 +160,7 @@ def simulate(
     size = gpus if gpus is not None else model.scenario.gpus
     if size is None:
         raise InvalidInput("--gpus is required: the scenario does not say how many GPUs the fleet has")
+    _check_effort(model, size, horizon if precision is None else 0.0, replications)
     solved = model.solve()
     chosen = [solved.policy(gpus=size, kind=kind) for kind in (policy or [None])]  # type: ignore[list-item]
     if len(chosen) > 1:
@@ -171,6 +182,18 @@ def simulate(
     console = terminal()
     show_policy(console, chosen[0])
     show_result(console, result)
+
+
+def _check_effort(model: FluidModel, gpus: int, horizon: float, replications: int) -> None:
+    """Refuse a simulation that would take days or fill the memory: it follows every GPU and every request."""
+    if gpus > MOST_GPUS:
+        raise InvalidInput(f"--gpus must be at most {MOST_GPUS:,} where every GPU is simulated; got {gpus:,}")
+    requests = sum(each.arrival_rate for each in model.workload) * gpus * horizon * replications
+    if MOST_REQUESTS < requests < math.inf:
+        raise InvalidInput(
+            f"--horizon {horizon:g} makes {requests:.3g} requests in {replications} replications, more than "
+            f"{MOST_REQUESTS:g}; take at most {horizon / requests * MOST_REQUESTS:.3g} s"
+        )
 
 
 def _compare(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import Classes, Json, Patience, Seed, Template, gpu_types
-from fluidopt.cli.output import frame_data, print_json, print_sentence, print_table, terminal
+from fluidopt.cli.options import KINDS, Classes, Json, Patience, Seed, Template, among, gpu_names, gpu_types
+from fluidopt.cli.output import frame_data, print_json, print_sentence, print_table, terminal, writing
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -27,9 +27,16 @@ def replay(
     gpus: Annotated[int, typer.Option(help="Number of GPUs in the fleet.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="engine (vLLM's scheduler, the default), or a kind of policy; may be repeated."),
+        typer.Option(
+            "--policy",
+            help="engine (vLLM's scheduler, the default), or a kind of policy; may be repeated.",
+            autocompletion=among((ENGINE, *KINDS)),
+        ),
     ] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that ships with the package.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="A GPU that ships with the package.", autocompletion=gpu_names),
+    ] = None,
     template: Template = None,
     batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
@@ -46,7 +53,7 @@ def replay(
 
     The GPU comes from --gpu, or from the scenario of --with; default: Qwen-8B on an A100.
 
-    Example: fluidopt replay trace.csv --gpus 4 --ttft 2 --tpot 0.05
+    Example: fluidopt replay requests.csv --gpus 4 --ttft 2 --tpot 0.05
     """
     from fluidopt.traces import classify, read_trace
 
@@ -63,10 +70,8 @@ def replay(
     found = classify(trace, classes, abandonment_rate=abandonment_rate) if planned else None
     results = {kind: _replayed(kind, trace, found, types[0], prices, gpus, kv_tokens, seed) for kind in kinds}
     if csv is not None:
-        try:
+        with writing(csv):
             results[kinds[0]].to_frame().to_csv(csv, index=False)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {csv}: {error}") from None
     if as_json:
         print_json({kind: _data(result, ttft, tpot) for kind, result in results.items()})
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluidopt.cli.options import Classes, Figure, Gpus, Inputs, Json, Patience, Template, read_model
-from fluidopt.cli.output import print_json, print_table, prose, terminal
+from fluidopt.cli.output import check_figure, print_json, print_table, prose, terminal, writing
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def sensitivity(
     from fluidopt.studies.sensitivity.curve import sensitivity_curve
     from fluidopt.studies.sensitivity.local import sensitivity as local
 
-    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(figure)!r}")
+    check_figure(figure)
     model = read_model(inputs, gpus, template, classes, abandonment_rate)
     if lower is not None or upper is not None:
         if lower is None or upper is None or parameter is None or len(parameter) != 1:
@@ -71,12 +70,9 @@ def sensitivity(
 def _write(path: Path | None, draw: Any) -> None:
     if path is None:
         return
-    try:
-        draw().savefig(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"cannot write the figure to {path}: {error}") from None
+    drawn = draw()
+    with writing(path):
+        drawn.savefig(path)
 
 
 def _show(console: Console, found: Sensitivity) -> None:

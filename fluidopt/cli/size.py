@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import Classes, Figure, Json, Seed, Template, gpu_types
-from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
-from fluidopt.errors import InvalidInput
+from fluidopt.cli.options import KINDS, Classes, Figure, Json, Seed, Template, among, gpu_names, gpu_types
+from fluidopt.cli.output import check_figure, print_json, print_sentence, print_table, prose, terminal, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +17,12 @@ if TYPE_CHECKING:
 
 Types = Annotated[
     list[str] | None,
-    typer.Option("--gpu", metavar="NAME[=PRICE]", help="A GPU that ships with the package, and its price per hour."),
+    typer.Option(
+        "--gpu",
+        metavar="NAME[=PRICE]",
+        help="A GPU that ships with the package, and its price per hour.",
+        autocompletion=gpu_names,
+    ),
 ]
 
 
@@ -32,7 +36,12 @@ def size(
     template: Template = None,
     batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
-    policy: Annotated[str, typer.Option(help="engine, or a kind of policy such as gate-and-route.")] = "engine",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="engine, or a kind of policy such as gate-and-route.", autocompletion=among(("engine", *KINDS))
+        ),
+    ] = "engine",
     interval: Annotated[float, typer.Option(help="Length of the table's intervals, s.")] = 300.0,
     classes: Classes = None,
     kv_tokens: Annotated[
@@ -48,14 +57,13 @@ def size(
 
     GPU types come from --gpu (which may be repeated), or from the scenario of --with; default: Qwen-8B on an A100.
 
-    Example: fluidopt size trace.csv --ttft 2 --tpot 0.05 --gpu llama-3.1-8b/h100-sxm
+    Example: fluidopt size requests.csv --ttft 2 --tpot 0.05 --gpu llama-3.1-8b/h100-sxm
     """
     from fluidopt.studies.sizing.trace import size_trace
     from fluidopt.traces import read_trace
 
     # What may be written is checked before what takes time.
-    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise InvalidInput(f"--figure must end in .png, .svg or .pdf; got {str(figure)!r}")
+    check_figure(figure)
     types, prices = gpu_types(gpu, template, batch_size, chunk_size)
     found = size_trace(
         read_trace(inputs),
@@ -71,13 +79,12 @@ def size(
         max_gpus=max_gpus,
         seed=seed,
     )
-    try:
-        if csv is not None:
+    if csv is not None:
+        with writing(csv):
             found.intervals.to_csv(csv)
-        if figure is not None:
+    if figure is not None:
+        with writing(figure):
             found.plot().savefig(figure)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot write {error}") from None
     if as_json:
         print_json(found.to_dict())
         return

@@ -15,6 +15,8 @@ from scipy import sparse
 from fluidopt.program import Array, LinearProgram
 
 PASSES = 3
+LEAST = 2.0**-300
+"""Right sides in a smaller unit could leave the range of floating point where some are large."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def scale(program: LinearProgram) -> tuple[LinearProgram, Scaling]:
     # What flows is set by the equations; a bound far above it must not set the unit.
     equal = np.abs(lower[lower == upper])
     sides = np.abs(np.concatenate([lower[np.isfinite(lower)], upper[np.isfinite(upper)]]))
-    amount = _near(equal if equal.any() else sides)
+    amount = max(_near(equal if equal.any() else sides), LEAST)
     scaled = replace(
         program,
         objective=cost / money,

@@ -12,6 +12,8 @@ from fluidopt.errors import InvalidInput
 
 MOST_TOKENS = 1_000_000_000
 """Token counts above this are taken for faults of the file."""
+INSTANT = 1e-9
+"""Seconds; requests within less arrive at a single instant, from which no rate can be told."""
 
 
 def one_dimensional(name: str, values: ArrayLike, dtype: Any) -> NDArray[Any]:
@@ -124,10 +126,15 @@ def observation_period(value: float, span: float) -> float:
     """
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0.0):
         raise InvalidInput(f"Trace: observation_time must be a finite number of seconds above 0; got {value!r}")
+    if seconds < INSTANT:
+        raise InvalidInput(
+            f"Trace: observation_time is {seconds:g} s, from which no rate can be told; give at least {INSTANT:g} "
+            "s, or leave it out"
+        )
     if seconds < span:
         raise InvalidInput(
             f"Trace: observation_time is {seconds:g} s, but the requests span {span:g} s; give at least "

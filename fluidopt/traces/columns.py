@@ -89,13 +89,12 @@ class Reading:
         Raises:
             TraceFormatError: unless broken lines are skipped.
         """
-        hint = "" if self.skip else ". Repair the line, or leave such lines out with on_bad_line='skip'"
-        error = TraceFormatError(f"{fault}{hint}", file=self.source.file, line=line)
         if not self.skip:
-            raise error
+            hint = "Repair the line, or leave such lines out with on_bad_line='skip'"
+            raise TraceFormatError(f"{fault}. {hint}", file=self.source.file, line=line)
         self.broken_lines += 1
         if len(self.reasons) < REASONS_KEPT:
-            self.reasons.append(str(error))
+            self.reasons.append(str(TraceFormatError(str(fault), file=self.source.file, line=line)))
 
     def fault(self, message: str, *, line: int | None = None) -> TraceFormatError:
         """Return the error of a file that cannot be read at all."""

@@ -11,6 +11,8 @@ from fluidopt.traces.checks import MOST_TOKENS
 
 MOST_SECONDS = 1e12
 """Times beyond this are taken for faults of the file, or for another unit."""
+MOST_LABEL = 200
+"""Characters of a label: a column is as wide as its longest one."""
 MISSING = -(2**63)
 """Stands for a missing calendar time, as in numpy's NaT."""
 
@@ -29,9 +31,12 @@ def token_count(text: str, column: str) -> int:
 
 def label(text: str, column: str) -> str:
     """Read a label, without the blanks around it."""
-    if stripped := text.strip():
-        return stripped
-    raise Fault(f"expected a label in column {column}, found nothing")
+    stripped = text.strip()
+    if not stripped:
+        raise Fault(f"expected a label in column {column}, found nothing")
+    if len(stripped) > MOST_LABEL:
+        raise Fault(f"expected a label of at most {MOST_LABEL} characters in column {column}, found {shown(stripped)}")
+    return stripped
 
 
 def seconds(text: str, column: str, *, per_second: float = 1.0) -> float:
@@ -93,7 +98,8 @@ STAMP = re.compile(
     r"(Z|[+-][0-9]{2}:?[0-9]{2})?[ \t]*"
 )
 _WHOLE = re.compile(r"[ \t]*\+?([0-9]{1,18})(?:\.0*)?[ \t]*")
-_NUMBER = re.compile(r"[ \t]*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[ \t]*")
+# One way only to match any text, so that a long one that is no number is refused in linear time.
+_NUMBER = re.compile(r"[ \t]*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[ \t]*")
 _EPOCH, _EPOCH_UTC = datetime(1970, 1, 1), datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_DAY = (datetime(2262, 1, 1) - _EPOCH).days
 _UNITS = {1.0: "seconds", 1e3: "milliseconds", 1e6: "microseconds", 1e9: "nanoseconds"}

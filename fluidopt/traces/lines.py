@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Protocol, cast
 
 from fluidopt.errors import InvalidInput, TraceFormatError
 
@@ -19,6 +20,10 @@ STDIN = "-"
 """The path that stands for standard input."""
 CHUNK = 1 << 22
 """Bytes read at a time: with what a parser makes of them, the memory that reading takes besides its result."""
+LONGEST_LINE = 1 << 30
+"""Bytes that a line may have: more than the largest document of a benchmark, which is a single line."""
+MOST_GROWTH, SMALL = 200, 1 << 26
+"""A packed file may grow to this many times its size, or to this many bytes: ten times what requests reach."""
 _HEAD = 1 << 16
 _GZIP = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -84,10 +89,11 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
 
     Raises:
         InvalidInput: the file does not exist or cannot be opened.
-        TraceFormatError: while chunks are read: not UTF-8, a NUL, or a packed file that breaks off.
+        TraceFormatError: while chunks are read: not UTF-8, a NUL, a line of more than 1 GiB, or a packed file that
+            breaks off or grows to more than 200 times its size.
     """
     if os.fspath(path) == STDIN:
-        yield Source("standard input", None, _chunks(_unpacked(sys.stdin.buffer), "standard input"))
+        yield Source("standard input", None, _chunks(_unpacked(sys.stdin.buffer, "standard input"), "standard input"))
         return
     file = str(path)
     try:
@@ -95,18 +101,51 @@ def open_source(path: str | os.PathLike[str]) -> Iterator[Source]:
     except FileNotFoundError:
         raise InvalidInput(f"read_trace: there is no file {file!r}; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InvalidInput(f"read_trace: {file!r} cannot be opened: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"read_trace: {file!r} cannot be opened: {reason}; check the path") from None
     with raw:
-        yield Source(file, Path(path), _chunks(_unpacked(raw), file))
+        yield Source(file, Path(path), _chunks(_unpacked(raw, file), file))
 
 
-def _unpacked(raw: IO[bytes]) -> IO[bytes]:
+def _unpacked(raw: IO[bytes], file: str) -> Stream:
     """The bytes themselves, or what gzip made them of: its first two bytes tell, a name may mislead."""
     start = getattr(raw, "peek", lambda _: b"")(2)[:2]
-    return gzip.GzipFile(fileobj=raw) if start == _GZIP else raw  # type: ignore[return-value]
+    return _Unpacked(raw, file) if start == _GZIP else raw
 
 
-def _chunks(stream: IO[bytes], file: str) -> Iterator[Chunk]:
+class Stream(Protocol):
+    """What chunks are read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to that many bytes; none at the end."""
+
+
+class _Unpacked:
+    """A packed file while it is unpacked; a small one that grows without end, to fill the memory, is refused."""
+
+    def __init__(self, raw: IO[bytes], file: str) -> None:
+        self._raw, self._file = raw, file
+        self._packed = self._unpacked = 0
+        self._reader = gzip.GzipFile(fileobj=cast(IO[bytes], SimpleNamespace(read=self._fetch)))
+
+    def read(self, size: int) -> bytes:
+        block = self._reader.read(size)
+        self._unpacked += len(block)
+        if self._unpacked > max(SMALL, MOST_GROWTH * self._packed):
+            raise TraceFormatError(
+                f"the packed file grows to more than {MOST_GROWTH} times its size, which no list of requests does. If "
+                "it is one, unpack it first",
+                file=self._file,
+            )
+        return block
+
+    def _fetch(self, size: int) -> bytes:
+        block = self._raw.read(size)
+        self._packed += len(block)
+        return block
+
+
+def _chunks(stream: Stream, file: str) -> Iterator[Chunk]:
     """Yield whole lines: a small chunk first, as the format is told from it, then larger ones."""
     line, size, start = 1, _HEAD, True
     pending: list[bytes] = []
@@ -123,12 +162,18 @@ def _chunks(stream: IO[bytes], file: str) -> Iterator[Chunk]:
             line += sum(each.count(b"\n") for each in (*pending, block))
             pending = []
         pending.append(block[cut:])
+        if sum(map(len, pending)) > LONGEST_LINE:
+            raise TraceFormatError(
+                f"expected lines of at most {LONGEST_LINE:,} bytes, found a longer one. Check that the file is a trace",
+                file=file,
+                line=line,
+            )
         size = CHUNK
     if rest := b"".join(pending):
         yield _checked(line, rest + b"\n", file)
 
 
-def _read(stream: IO[bytes], size: int, file: str) -> bytes:
+def _read(stream: Stream, size: int, file: str) -> bytes:
     try:
         return stream.read(size)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

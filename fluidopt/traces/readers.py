@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fluidopt.errors import InvalidInput
 from fluidopt.traces.checks import is_number
 from fluidopt.traces.columns import Clock, Columns, Reading
-from fluidopt.traces.fields import MISSING, shown
+from fluidopt.traces.fields import MISSING, MOST_LABEL, shown
 from fluidopt.traces.lines import open_source
 from fluidopt.traces.records import JsonLayout, VllmBenchmark
 from fluidopt.traces.servegen import ServeGenClient
@@ -386,6 +386,8 @@ def _labels(label: str | Sequence[str] | None, files: int) -> list[str | None]:
     for each in labels:
         if not (isinstance(each, str) and each):
             raise InvalidInput(f"read_trace: label must be non-empty text; got {each!r}")
+        if len(each) > MOST_LABEL:
+            raise InvalidInput(f"read_trace: label must have at most {MOST_LABEL} characters; got {shown(each)}")
     return [*labels]
 
 

@@ -163,7 +163,7 @@ class VllmBenchmark:
         start = self._list(reading, result, "start_times")
         wait = self._list(reading, result, "ttfts") if "ttfts" in result else [None] * len(start)
         gaps = self._list(reading, result, "itls") if "itls" in result else [None] * len(start)
-        errors = result.get("errors") or [""] * len(start)
+        errors = self._list(reading, result, "errors") if result.get("errors") else [""] * len(start)
         if len({len(each) for each in (prompt, output, start, wait, gaps, errors)}) > 1:
             raise reading.fault(
                 f"the lists differ in length: expected as many entries as there are input_lens, {len(prompt):,}, in "

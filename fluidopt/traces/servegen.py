@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidopt.errors import InvalidInput, TraceFormatError
+from fluidopt.inputs import read_text
 from fluidopt.traces import fields
 from fluidopt.traces.checks import MOST_TOKENS, generator_of, is_number
 from fluidopt.traces.columns import Columns, Growing, Reading
@@ -27,6 +28,8 @@ from fluidopt.traces.fields import Fault, shown
 
 MOST_DRAWN = 20_000_000
 """Descriptions of more requests than this are refused: a period has to be chosen."""
+MOST_CHARACTERS = 4_000_000
+"""Of a law of lengths: more than one with a share for each of 100,000 lengths."""
 _FAMILIES = ("Gamma", "Weibull", "Exponential")
 _ENDS = "-trace.csv", "-dataset.json"
 _SLOT = 600.0
@@ -194,7 +197,7 @@ class _LengthSlots:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
         except FileNotFoundError:
             raise InvalidInput(
                 f"read_trace: there is no file {str(path)!r}, which a ServeGen client's lengths are read from; put it "
@@ -229,7 +232,7 @@ class _LengthSlots:
         expected = f"expected shares by token count, such as '{{34: 0.25, 35: 0.75}}', in {key} of slot {slot}"
         try:
             # Python's notation, as JSON has no whole numbers for keys.
-            shares = ast.literal_eval(text) if isinstance(text, str) else None
+            shares = ast.literal_eval(text) if isinstance(text, str) and len(text) <= MOST_CHARACTERS else None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             shares = None
         if not (isinstance(shares, dict) and shares):
