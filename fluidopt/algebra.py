@@ -483,9 +483,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         names = {each.symbol for each in self.program.variables}
         if top.args[0] == -1:
             return f"- {self._print(-top)}"
-        return " ".join(
-            self._print(part) for part in sorted(top.args, key=lambda part: (uses(part, names), str(part)))
-        )
+        return " ".join(self._print(part) for part in sorted(top.args, key=lambda part: (uses(part, names), str(part))))
 
     def _print_Symbol(self, expression: Symbol, style: str = "plain") -> str:
         name = expression.name

@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fluidopt as fo
+from fluidopt.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -33,6 +36,25 @@ def test_the_example_prints_what_it_says():
     assert promised is not None
     assert found[1] == promised[1]
     assert float(found[2]) == pytest.approx(float(promised[2]), abs=float(promised[3]))
+
+
+def test_the_figure_shows_what_the_text_beside_it_says(tmp_path):
+    """The committed figure is the one that the first command draws; its text is computed again."""
+    done = CliRunner().invoke(app, ["demo", "--figure", str(tmp_path / "demo.png"), "--json"])
+    data = json.loads(done.stdout)
+    allocation, plan, earned = (
+        data["plan"]["thresholds"],
+        data["plan"],
+        data["simulation"]["comparison"][0]["simulated"],
+    )
+    in_part = [name for name, row in allocation.items() if row["decision"] == "serve part"]
+    assert len(allocation) == 5
+    assert in_part == ["prompt 1.1k, output 405"]
+    assert f"{100 * plan['modes']['mixed']['fleet_share']:.0f} % of the fleet may prefill" in README
+    gap = 100 * (1 - earned / plan["revenue_rate"])
+    (said,) = re.findall(r"20 simulated GPUs earn ([\d.]+) % less", README)
+    assert gap == pytest.approx(float(said), abs=0.15)
+    assert (Path(__file__).parents[1] / "docs" / "_static" / "demo.png").is_file()
 
 
 def test_every_python_block_runs():

@@ -319,8 +319,8 @@ class Policy:
             return "A request whose prefill is done is decoded on the same GPU, in the same slot."
         if self.router.rule == "preference":
             return (
-                f"A request whose prefill is done goes to a random {', else '.join(order)} GPU with a free decode slot; "
-                "else it waits in one first-come first-served buffer. A freed decode slot takes the head of that "
+                f"A request whose prefill is done goes to a random {', else '.join(order)} GPU with a free decode "
+                "slot; else it waits in one first-come first-served buffer. A freed decode slot takes the head of that "
                 "buffer at once."
             )
         shares = decode_shares(self)
