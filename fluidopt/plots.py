@@ -66,7 +66,7 @@ def plot_summary(plan: Plan, result: SimulationResult) -> Figure:
     _against(axes[1, 1], result, "throughput", "Simulated: completed, requests/s per GPU")
     for axis in axes[:, 1]:
         axis.set_yticklabels([])
-    axes[1, 1].set_yticks(*_ticks(_names(plan)))
+    axes[1, 1].set_yticks(*_ticks(_names(plan)), parse_math=False)
     _title(figure, f"{result.policy.kind} on {result.policy.gpus} GPUs: {_earned(result)}")
     return figure
 
@@ -291,7 +291,7 @@ def _ticks(names: list[str]) -> tuple[np.ndarray[Any, Any], list[str]]:
 
 def _class_axis(axis: Axes, names: list[str]) -> np.ndarray[Any, Any]:
     places, labels = _ticks(names)
-    axis.set_yticks(places, labels)
+    axis.set_yticks(places, labels, parse_math=False)  # a name may hold dollar signs
     axis.set_ylim(-0.7, len(names) - 0.3)
     return places
 

@@ -17,6 +17,7 @@ settings.register_profile(
 settings.load_profile("fluidopt")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file in one process, where they share what is compiled and solved; the notebooks are executed
     once for the pages and for their own tests."""

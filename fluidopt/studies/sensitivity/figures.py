@@ -64,7 +64,7 @@ def plot_tornado(result: Sensitivity, *, change: float = 0.1) -> Figure:
                 )
     axis.axvline(result.objective, color=INK, linewidth=0.8)
     labels = [f"{name}, {row['unit']}" for name, row in table.iterrows()]
-    axis.set_yticks(places, labels)
+    axis.set_yticks(places, labels, parse_math=False)
     axis.set_ylim(-0.7, max(len(table), 1) - 0.3)
     axis.margins(x=0.12)
     axis.set_xlabel("optimal revenue, money/s per GPU; beside the bars: value of the parameter", fontsize=8)
@@ -221,7 +221,7 @@ def plot_global(study: GlobalSensitivity) -> Figure:
         axes[1].set_xlabel("mean size of the effect", fontsize=8)
         axes[1].margins(x=0.25, y=0.1)
         _panel(axes[1], "Its standard deviation: interaction and curvature", legend=False)
-    axes[0].set_yticks(places, labels)
+    axes[0].set_yticks(places, labels, parse_math=False)
     axes[0].axvline(0, color=INK, linewidth=0.8)
     mean, deviation = number(study.mean), number(study.standard_deviation)
     _title(figure, f"{study.response} over the ranges: mean {mean}, standard deviation {deviation}")
