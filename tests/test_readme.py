@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_every_python_block_runs():
     for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(source, "README.md", "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """A directory with the files that ``fluidopt example`` writes."""
+    folder = tmp_path_factory.mktemp("readme")
+    fo.write_example(folder)
+    return folder
+
+
+@pytest.mark.parametrize("line", re.findall(r"^fluidopt .*?(?=  #)", README, re.MULTILINE))
+def test_commands_work_when_pasted(line, tried, monkeypatch):
+    monkeypatch.chdir(tried)
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.stderr or repr(done.exception)
+    assert done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"fo\.(\w+)", README))))
