@@ -21,8 +21,9 @@ from fluidopt.tables import shorten
 if TYPE_CHECKING:
     from fluidopt.model import FluidModel
 
-# A service level is relaxed by bisection, some 60 small programs; for larger ones the conflict is all that is said.
-RELAXED_ROWS = 2_000
+# A service level is relaxed by bisection, some 60 small programs; for larger ones, and for more levels, the conflict is
+# all that is said.
+RELAXED_ROWS, RELAXED_LEVELS = 2_000, 20
 
 
 def explain(model: FluidModel, error: InfeasibleModel, program: LinearProgram) -> InfeasibleModel:
@@ -33,7 +34,7 @@ def explain(model: FluidModel, error: InfeasibleModel, program: LinearProgram) -
     parts = [
         "no plan satisfies all rows",
         _patient_load(model, found.rows),
-        *_relaxations(model),
+        *_relaxations(model, found),
         in_words(model.symbolic, program, found),
     ]
     return InfeasibleModel(". ".join(part for part in parts if part) + ".", rows=found.rows)
@@ -89,13 +90,17 @@ def _patient_load(model: FluidModel, rows: Sequence[str]) -> str:
     )
 
 
-def _relaxations(model: FluidModel) -> list[str]:
-    """For each hard service level, the least it would have to give for a plan to exist, all else equal."""
+def _relaxations(model: FluidModel, between: Conflict) -> list[str]:
+    """For each hard service level in a conflict, the least it would have to give for a plan to exist, all else equal.
+
+    Whatever one outside gives, the rows of the conflict cannot hold together.
+    """
     if not model.scenario.service_levels or model.program().shape[0] > RELAXED_ROWS:
         return []
-    found = []
-    names = names_of(model.scenario.service_levels)
-    for name, level in zip(names, model.scenario.service_levels, strict=True):
+    found: list[str] = []
+    families = {row.partition("[")[0] for row in between.rows}
+    named = zip(names_of(model.scenario.service_levels), model.scenario.service_levels, strict=True)
+    for name, level in [(name, level) for name, level in named if name in families][:RELAXED_LEVELS]:
         for field, loosen in BOUNDS.items():
             bound = getattr(level, field, None)
             if level.penalty is None and isinstance(bound, int | float):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import sympy
 from pydantic import Field
-from sympy import Expr, IndexedBase, Integer, Symbol
+from sympy import Add, Expr, IndexedBase, Integer, Symbol
 
 from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, Variable
 from fluidopt.errors import InvalidInput
@@ -457,19 +457,16 @@ def extend(
 
     Names are the kinds, numbered from the second of a kind on (``mean_wait``, ``mean_wait_2``).
     """
-    additions: list[Addition] = []
-    values: dict[str, Any] = {}
-    for name, level in zip(names_of(levels), levels, strict=True):
-        added: Addition = level.add(name, context)
-        additions.append(added)
-        values.update(added.values)
-        program = replace(
-            program,
-            parameters=(*program.parameters, *added.parameters),
-            variables=(*program.variables, *added.variables),
-            objective=program.objective - added.cost,
-            constraints=(*program.constraints, *added.rows),
-        )
+    named = zip(names_of(levels), levels, strict=True)
+    additions: tuple[Addition, ...] = tuple(level.add(name, context) for name, level in named)
+    values = {symbol: value for added in additions for symbol, value in added.values.items()}
+    program = replace(
+        program,
+        parameters=(*program.parameters, *(each for added in additions for each in added.parameters)),
+        variables=(*program.variables, *(each for added in additions for each in added.variables)),
+        objective=Add(program.objective, *(-added.cost for added in additions)),
+        constraints=(*program.constraints, *(each for added in additions for each in added.rows)),
+    )
     if any(added.empties_decode_queue for added in additions):
         s = context.symbols
         program = program.with_row(
@@ -485,7 +482,7 @@ def extend(
                 dual_unit="money/s per request waiting",
             )
         )
-    return program, values, tuple(additions)
+    return program, values, additions
 
 
 @dataclass(frozen=True)
