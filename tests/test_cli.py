@@ -290,6 +290,24 @@ def test_example_overwrites_nothing(tried):
     assert "name a directory that you may write to" in refused.stderr
 
 
+def test_a_trace_with_names_of_its_own(tried, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    header, _, rows = (tried / "requests.csv").read_text().partition("\n")
+    own = header.replace("arrival_time", "ts").replace("prompt_tokens", "in").replace("output_tokens", "out")
+    Path("own.csv").write_text(f"{own}\n{rows}")
+    refused = run("plan", "own.csv", "--gpus", "4", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--column arrival_time=COLUMN" in refused.stderr
+    names = ["--column", "arrival_time=ts", "--column", "prompt_tokens=in", "--column", "output_tokens=out"]
+    rest = ["--gpus", "4", "--abandonment-rate", "0.05", "--json"]
+    mine = CliRunner().invoke(app, ["plan", "own.csv", *names, *rest])
+    theirs = CliRunner().invoke(app, ["plan", str(tried / "requests.csv"), *rest])
+    assert mine.exit_code == 0, mine.stderr
+    assert json.loads(mine.stdout)["plan"]["revenue_rate"] == json.loads(theirs.stdout)["plan"]["revenue_rate"]
+    wrong = CliRunner().invoke(app, ["plan", "own.csv", "--column", "arrival_time", "--gpus", "4"])
+    assert "--column must be NAME=COLUMN" in str(wrong.exception)
+
+
 def test_the_drawn_requests_are_a_trace(tried):
     trace = fo.read_trace(tried / "requests.csv")
     assert len(trace) == len(drawn_requests())

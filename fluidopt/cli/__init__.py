@@ -29,6 +29,11 @@ Start with fluidopt demo, or with fluidopt example for files to try the commands
 EXIT_CODES = """Exit codes: 0 done; 2 bad input (an argument, a scenario or a trace file); 3 no plan satisfies all rows;
 4 no certified answer; 130 interrupted."""
 _EXAMPLE = re.compile(r"(.*?):\s+(fluidopt .*)", re.DOTALL)
+# What a message that speaks of Python is called here.
+HINTS = {
+    "give a class an abandonment rate": "--abandonment-rate",
+    "columns are called with columns=": "--column arrival_time=COLUMN, likewise prompt_tokens and output_tokens",
+}
 # What typer raises for a misused command line; it exports no more than this subclass.
 _Misuse: Any = typer.BadParameter.__mro__[1]
 
@@ -112,7 +117,8 @@ def _run() -> NoReturn:
         command = error.ctx.command_path if error.ctx else "fluidopt"
         _fail(2, f"{error.format_message().rstrip('.')}; {command} --help says more")
     except FluidoptError as error:
-        hint = " (--abandonment-rate)" if "give a class an abandonment rate" in str(error) else ""
+        hints = [option for words, option in HINTS.items() if words in str(error)]
+        hint = f" ({'; '.join(hints)})" if hints else ""
         _fail({InfeasibleModel: 3, SolverFailure: 4}.get(type(error), 2), f"{error}{hint}")
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go

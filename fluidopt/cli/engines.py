@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import KINDS, Classes, Gpus, Inputs, Json, Patience, Template, among, read_model
+from fluidopt.cli.options import KINDS, Classes, Columns, Gpus, Inputs, Json, Patience, Template, among, read_model
 from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
 from fluidopt.errors import InvalidInput
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def engines(
     inputs: Inputs,
+    column: Columns = None,
     gpus: Gpus = None,
     template: Template = None,
     classes: Classes = None,
@@ -33,7 +34,7 @@ def engines(
     """
     from fluidopt.policy.engines import engine_settings
 
-    fluid = read_model(inputs, gpus, template, classes, abandonment_rate)
+    fluid = read_model(inputs, column, gpus, template, classes, abandonment_rate)
     size = gpus if gpus is not None else fluid.scenario.gpus
     if size is None:
         raise InvalidInput("--gpus is required: the scenario does not say how many GPUs the fleet has")

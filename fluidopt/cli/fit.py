@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import FORMS, UNITS, Figure, Json, among
+from fluidopt.cli.options import FORMS, UNITS, Figure, Json, among, columns_of
 from fluidopt.cli.output import check_figure, print_json, print_sentence, print_table, prose, terminal, writing
-from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +56,7 @@ def fit(
         model=model,
         gpu=gpu,
         tensor_parallel=tensor_parallel,
-        columns=_columns(column),
+        columns=columns_of(column),
         unit=unit,  # type: ignore[arg-type]
     )
     if longest_kv is not None:
@@ -81,15 +80,6 @@ def fit(
     else:
         console.print("[bold]Lines for a scenario file[/]")
         print(found.to_toml(), end="")
-
-
-def _columns(given: list[str] | None) -> dict[str, str] | None:
-    """What the table calls its columns, by the name of each here."""
-    pairs = [each.partition("=") for each in given or ()]
-    for name, _, column in pairs:
-        if not (name and column):
-            raise InvalidInput(f"--column must be NAME=COLUMN, such as seconds=step_time; got {name + _ + column!r}")
-    return {name: column for name, _, column in pairs} or None
 
 
 def _show(console: Console, found: IterationTimeFit) -> None:

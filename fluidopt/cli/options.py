@@ -57,6 +57,14 @@ Inputs = Annotated[
     typer.Argument(metavar="SCENARIO|TRACE...", help="A scenario file (.toml, .json), or one or more trace files."),
 ]
 Gpus = Annotated[int | None, typer.Option(help="Number of GPUs in the fleet; a trace needs it.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=COLUMN",
+        help="With a trace: what it calls arrival_time, prompt_tokens or output_tokens; may be repeated.",
+    ),
+]
 Template = Annotated[
     Path | None,
     typer.Option("--with", metavar="SCENARIO", help="With a trace: take all but the classes from this scenario."),
@@ -92,7 +100,12 @@ BATCH, CHUNK = 64, 512
 
 
 def read_model(
-    inputs: list[Path], gpus: int | None, template: Path | None, classes: int | None, abandonment_rate: float
+    inputs: list[Path],
+    column: list[str] | None,
+    gpus: int | None,
+    template: Path | None,
+    classes: int | None,
+    abandonment_rate: float,
 ) -> FluidModel:
     """The model of a scenario file, or of trace files on that many GPUs."""
     from dataclasses import replace
@@ -101,9 +114,9 @@ def read_model(
     from fluidopt.scenario import read_scenario
 
     if len(inputs) == 1 and _is_scenario(inputs[0]):
-        if template is not None or classes is not None or abandonment_rate:
+        if template is not None or classes is not None or abandonment_rate or column:
             raise InvalidInput(
-                "--with, --classes and --abandonment-rate go with a trace; the scenario says these itself"
+                "--column, --with, --classes and --abandonment-rate go with a trace; the scenario says these itself"
             )
         scenario = read_scenario(inputs[0])
         return FluidModel.from_scenario(_resized(scenario, gpus))
@@ -113,10 +126,20 @@ def read_model(
     from fluidopt.traces import read_trace
 
     base = read_scenario(template) if template is not None else reference_model().scenario
-    workload = read_trace(inputs).classify(classes, abandonment_rate=abandonment_rate).per_gpu(gpus)
+    trace = read_trace(inputs, columns=columns_of(column))
+    workload = trace.classify(classes, abandonment_rate=abandonment_rate).per_gpu(gpus)
     return FluidModel.from_scenario(
         replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
     )
+
+
+def columns_of(given: list[str] | None) -> dict[str, str] | None:
+    """What a file calls its columns, by the name of each here."""
+    pairs = [each.partition("=") for each in given or ()]
+    for name, _, column in pairs:
+        if not (name and column):
+            raise InvalidInput(f"--column must be NAME=COLUMN, the name here and the file's; got {name + _ + column!r}")
+    return {name: column for name, _, column in pairs} or None
 
 
 def _resized(scenario: Scenario, gpus: int | None) -> Scenario:

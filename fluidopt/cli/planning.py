@@ -10,6 +10,7 @@ import typer
 
 from fluidopt.cli.options import (
     Classes,
+    Columns,
     Figure,
     Gpus,
     Horizon,
@@ -104,6 +105,7 @@ def demo(
 
 def plan(
     inputs: Inputs,
+    column: Columns = None,
     gpus: Gpus = None,
     template: Template = None,
     classes: Classes = None,
@@ -118,7 +120,7 @@ def plan(
 
     Recorded requests: fluidopt plan requests.csv --gpus 4 --abandonment-rate 0.05
     """
-    model = read_model(inputs, gpus, template, classes, abandonment_rate)
+    model = read_model(inputs, column, gpus, template, classes, abandonment_rate)
     solved = model.solve(solver)
     size = gpus if gpus is not None else model.scenario.gpus
     policy = solved.policy(gpus=size) if size is not None else None
@@ -136,6 +138,7 @@ def plan(
 
 def simulate(
     inputs: Inputs,
+    column: Columns = None,
     gpus: Gpus = None,
     template: Template = None,
     classes: Classes = None,
@@ -156,7 +159,7 @@ def simulate(
 
     Several policies on the same arrivals: fluidopt simulate scenario.toml --gpus 50 --policy GG-SP --policy FI-WSP
     """
-    model = read_model(inputs, gpus, template, classes, abandonment_rate)
+    model = read_model(inputs, column, gpus, template, classes, abandonment_rate)
     size = gpus if gpus is not None else model.scenario.gpus
     if size is None:
         raise InvalidInput("--gpus is required: the scenario does not say how many GPUs the fleet has")

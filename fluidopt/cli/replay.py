@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import KINDS, Classes, Json, Patience, Seed, Template, among, gpu_names, gpu_types
+from fluidopt.cli.options import (
+    KINDS,
+    Classes,
+    Columns,
+    Json,
+    Patience,
+    Seed,
+    Template,
+    among,
+    columns_of,
+    gpu_names,
+    gpu_types,
+)
 from fluidopt.cli.output import frame_data, print_json, print_sentence, print_table, terminal, writing
 from fluidopt.errors import InvalidInput
 
@@ -37,6 +49,7 @@ def replay(
         str | None,
         typer.Option("--gpu", metavar="NAME", help="A GPU that ships with the package.", autocompletion=gpu_names),
     ] = None,
+    column: Columns = None,
     template: Template = None,
     batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
@@ -65,7 +78,7 @@ def replay(
     types, prices = gpu_types([gpu] if gpu else None, template, batch_size, chunk_size)
     if len(types) > 1:
         raise InvalidInput(f"replay: the scenario has {len(types)} GPU types; give one, or use --gpu")
-    trace = read_trace(inputs)
+    trace = read_trace(inputs, columns=columns_of(column))
     planned = [kind for kind in kinds if kind != ENGINE]
     found = classify(trace, classes, abandonment_rate=abandonment_rate) if planned else None
     results = {kind: _replayed(kind, trace, found, types[0], prices, gpus, kv_tokens, seed) for kind in kinds}

@@ -13,6 +13,7 @@ from fluidopt.cli.options import (
     KINDS,
     STARTS,
     Classes,
+    Columns,
     Gpus,
     Horizon,
     Inputs,
@@ -27,6 +28,7 @@ from fluidopt.cli.options import (
     _is_scenario,
     _resized,
     among,
+    columns_of,
 )
 from fluidopt.cli.output import print_json, print_sentence, prose, terminal
 from fluidopt.errors import InvalidInput
@@ -55,6 +57,7 @@ UNSAID = ("output", "as_json")
 def report(
     context: typer.Context,
     inputs: Inputs,
+    column: Columns = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help=f"Where the page goes (default: {PAGE}; with --json, nowhere)."),
@@ -103,7 +106,7 @@ def report(
     page = PAGE if output is None and not as_json else output
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InvalidInput(f"--output must be a file in a directory that exists; got {str(page)!r}")
-    subject, scenario = _read(inputs, gpus, template)
+    subject, scenario = _read(inputs, column, gpus, template)
     made = make(
         subject,
         gpus=gpus,
@@ -140,17 +143,20 @@ def report(
         print(f"warning: {name}: {part.why}", file=sys.stderr)
 
 
-def _read(inputs: list[Path], gpus: int | None, template: Path | None) -> tuple[FluidModel | Trace, Scenario | None]:
+def _read(
+    inputs: list[Path], column: list[str] | None, gpus: int | None, template: Path | None
+) -> tuple[FluidModel | Trace, Scenario | None]:
     """The model of a scenario file; or the trace of trace files, and what goes with it."""
     from fluidopt.model import FluidModel
     from fluidopt.scenario import read_scenario
     from fluidopt.traces import read_trace
 
     if len(inputs) == 1 and _is_scenario(inputs[0]):
-        if template is not None:
-            raise InvalidInput("--with goes with a trace; the scenario says all of it itself")
+        if template is not None or column:
+            raise InvalidInput("--column and --with go with a trace; the scenario says all of it itself")
         return FluidModel.from_scenario(_resized(read_scenario(inputs[0]), gpus)), None
-    return read_trace(inputs), read_scenario(template) if template is not None else None
+    trace = read_trace(inputs, columns=columns_of(column))
+    return trace, read_scenario(template) if template is not None else None
 
 
 def command_line(context: Any) -> str:
@@ -166,8 +172,13 @@ def command_line(context: Any) -> str:
         elif parameter.is_flag:
             words.append(parameter.opts[0])
         else:
-            words += [parameter.opts[0], str(value)]
+            words += [word for each in _each(value) for word in (parameter.opts[0], str(each))]
     return shlex.join(words)
+
+
+def _each(value: Any) -> Any:
+    """The values of an option that may be repeated, or its one."""
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _spent(seconds: dict[str, float]) -> str:

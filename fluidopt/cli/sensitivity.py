@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluidopt.cli.options import Classes, Figure, Gpus, Inputs, Json, Patience, Template, read_model
+from fluidopt.cli.options import Classes, Columns, Figure, Gpus, Inputs, Json, Patience, Template, read_model
 from fluidopt.cli.output import check_figure, print_json, print_table, prose, terminal, writing
 from fluidopt.errors import InvalidInput
 
@@ -26,6 +26,7 @@ Names = Annotated[
 
 def sensitivity(
     inputs: Inputs,
+    column: Columns = None,
     parameter: Names = None,
     lower: Annotated[float | None, typer.Option(help="With one --parameter: its exact curve from here ...")] = None,
     upper: Annotated[float | None, typer.Option(help="... to here.")] = None,
@@ -48,7 +49,7 @@ def sensitivity(
     from fluidopt.studies.sensitivity.local import sensitivity as local
 
     check_figure(figure)
-    model = read_model(inputs, gpus, template, classes, abandonment_rate)
+    model = read_model(inputs, column, gpus, template, classes, abandonment_rate)
     if lower is not None or upper is not None:
         if lower is None or upper is None or parameter is None or len(parameter) != 1:
             raise InvalidInput("--lower and --upper go together, with one --parameter")

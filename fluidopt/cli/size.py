@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import KINDS, Classes, Figure, Json, Seed, Template, among, gpu_names, gpu_types
+from fluidopt.cli.options import (
+    KINDS,
+    Classes,
+    Columns,
+    Figure,
+    Json,
+    Seed,
+    Template,
+    among,
+    columns_of,
+    gpu_names,
+    gpu_types,
+)
 from fluidopt.cli.output import check_figure, print_json, print_sentence, print_table, prose, terminal, writing
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ def size(
     percentile: Annotated[float, typer.Option(help="Per cent of the requests that must meet both.")] = 90.0,
     mean: Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")] = False,
     gpu: Types = None,
+    column: Columns = None,
     template: Template = None,
     batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
@@ -66,7 +79,7 @@ def size(
     check_figure(figure)
     types, prices = gpu_types(gpu, template, batch_size, chunk_size)
     found = size_trace(
-        read_trace(inputs),
+        read_trace(inputs, columns=columns_of(column)),
         types,
         ttft=ttft,
         tpot=tpot,
