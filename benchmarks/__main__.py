@@ -24,7 +24,7 @@ REGISTRY = {
     "solve": "From arrays to a certified plan, against HiGHS interior point on the same arrays",
     "knapsack": "The structured solver, against sorting as many numbers and against HiGHS interior point",
     "resolve": "Re-solves after changed arrival rates",
-    "frontier": "Revenue against a service level's bound, 10,000 points, against a cvxpy loop with a parameter",
+    "frontier": "Ten thousand points of a frontier or a sweep, against a cvxpy loop with a parameter",
     "plain_gillespie": "The Markov-chain simulator, against a plain per-GPU Gillespie in numba",
     "queue_peers": "The Markov-chain simulator, against Ciw and SimPy on the same queues",
     "replay": "The replay of traces, against an engine in plain Python that walks through every iteration",
