@@ -656,7 +656,7 @@ def test_the_command_refuses_what_does_not_fit(written, monkeypatch, capsys):
     folder, _ = written
     scenario = str(folder / "scenario.toml")
     for words, message in (
-        (["--with", scenario], "--with goes with a trace"),
+        (["--with", scenario], "--column and --with go with a trace"),
         (["--start", "full"], "--start must be empty or fluid; got 'full'"),
         (["--promise", "magic"], "promise must be one of slot_tpot"),
         (["-o", str(folder)], "--output must be a file in a directory that exists"),
