@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluidopt.additions import Context
 from fluidopt.algebra import SymbolicProgram
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import LinearProgram, Numbers, lower
-from fluidopt.service_levels import Context, names_of
+from fluidopt.service_levels import names_of
 from fluidopt.solvers import solve_program
 from fluidopt.solvers.infeasible import Conflict, conflict
 from fluidopt.tables import shorten

@@ -13,6 +13,7 @@ import sympy
 from sympy import Expr
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
+from fluidopt.additions import Context
 from fluidopt.algebra import PlainPrinter, RowFamily, SymbolicProgram, relation_parts
 from fluidopt.contention import GPU, MODE_UNITS, Mode, mode_table, warn_if_unphysical
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
@@ -28,7 +29,7 @@ from fluidopt.expressions import (
 from fluidopt.formulation import CLASSES, MODES, TYPES, Symbols, formulation
 from fluidopt.program import LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging, Row, Scenario, read_scenario
-from fluidopt.service_levels import Context, ServiceLevel, extend
+from fluidopt.service_levels import ServiceLevel, extend
 from fluidopt.solvers import Solution, SolverOptions, certify, checked, held, solve_program
 from fluidopt.solvers.concave import lower_rows, solve_concave
 from fluidopt.solvers.graph import is_linear

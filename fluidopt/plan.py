@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluidopt.errors import InvalidInput, SolverFailure
+from fluidopt.canonical import canonical, exists_in, without_decode_queue
+from fluidopt.errors import InvalidInput
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram, Lowering
-from fluidopt.solvers import Certificate, Solution, certify, held
+from fluidopt.solvers import Certificate, Solution, certify
 from fluidopt.solvers.concave import certify_concave
 from fluidopt.solvers.graph import is_linear
 from fluidopt.tables import shorten, text
@@ -46,79 +47,7 @@ class Plan:
     def from_solution(cls, model: FluidModel, program: LinearProgram, solution: Solution) -> Plan:
         """Make a plan of a solver's answer, split canonically where the model leaves the split open."""
         plan = cls(model, program, solution)
-        return plan._canonical() if model.is_standard else plan
-
-    def _canonical(self) -> Plan:
-        """The same totals, every class with the same share of each mode's work; certified anew."""
-        workload = self.model.workload
-        theta = workload.abandonment_rate
-        prefill_work = workload.prompt_tokens * self.admitted
-        throughput = self._even_throughput() if self.model.scenario.charging == "separate" else self.throughput
-        grids = {
-            "x": _split(self.mode_share, prefill_work, self._has("x")),
-            "y": _split(self._router_slots_first(), workload.output_tokens * throughput, self._has("y")),
-            "q_d": (self.admitted - throughput) / np.where(theta > 0, theta, 1.0),
-        }
-        values = self.solution.values.copy()
-        for block in self.program.columns:
-            if block.name in grids:
-                exists = block.numbers >= 0
-                values[block.numbers[exists]] = np.maximum(grids[block.name][exists], 0.0)
-        certificate = certify(self.program, values, self.solution.duals)
-        if not certificate.holds(self.solution.tolerance):
-            raise SolverFailure(f"the canonical split of the plan fails its certificate: {certificate}")
-        return replace(self, solution=replace(self.solution, values=values, certificate=certificate))
-
-    def _with_decodes(self, slots: Array) -> Plan:
-        """The plan with the same completions, decodes in ``slots``, shape (K,), in the router's order."""
-        work = self.model.workload.output_tokens * self.throughput
-        grid = _split(self._fill(slots, float(work.sum())), work, self._has("y"))
-        values = self.solution.values.copy()
-        block = next(block for block in self.program.columns if block.name == "y")
-        values[block.numbers[block.numbers >= 0]] = grid[block.numbers >= 0]
-        certificate = certify(self.program, values, self.solution.duals)
-        return replace(
-            self, solution=held(replace(self.solution, values=values, certificate=certificate), self.solution.tolerance)
-        )
-
-    def _router_slots_first(self) -> Array:
-        """Decodes per mode, shape (K,), with the plan's decode rate, when slots fill in the router's order.
-
-        Where slots are left over the model does not say which stay empty. The router prefers decode-only modes, then
-        the faster ones.
-        """
-        slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * self.mode_share
-        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
-        return self._fill(slots, float(np.nansum(self.decode * speed)))
-
-    def _fill(self, slots: Array, total: float) -> Array:
-        """Decodes per mode, shape (K,), that make ``total`` tokens/s in these slots, in the router's order."""
-        speed = np.array([mode.decode_speed for _, mode in self.model.modes])
-        order = np.lexsort((-speed, np.array([mode.prefills for _, mode in self.model.modes])))
-        rate = (slots * speed)[order]
-        before = np.concatenate([[0.0], np.cumsum(rate)[:-1]])
-        filled = np.clip(total - before, 0.0, rate)
-        used = np.zeros_like(slots)
-        used[order] = np.divide(filled, speed[order], out=np.zeros_like(filled), where=speed[order] > 0)
-        return used
-
-    def _even_throughput(self) -> Array:
-        """Completions per class when all impatient classes complete the same share of what is prefilled.
-
-        Separate charging pays decode tokens of all classes alike, so it leaves open whose decodes run; a first-come
-        first-served decode buffer with equal abandonment rates shares them evenly.
-        """
-        workload = self.model.workload
-        work = workload.output_tokens * self.admitted
-        patient = workload.abandonment_rate == 0
-        decoded = workload.output_tokens @ self.throughput - work[patient].sum()
-        offered = work[~patient].sum()
-        share = min(1.0, max(0.0, decoded / offered)) if offered > 0 else 1.0
-        return np.where(patient, self.admitted, share * self.admitted)
-
-    def _has(self, name: str) -> Array:
-        """Shape (K,): 1 in the modes where the variable exists."""
-        return (~np.isnan(self._grids[name])).any(axis=0).astype(float)
+        return canonical(plan) if model.is_standard else plan
 
     # ---- the allocation ---------------------------------------------------------------------------------------
 
@@ -200,11 +129,11 @@ class Plan:
         import pandas as pd
 
         labels = self.model.labels
-        prefills = [k for k in range(len(labels["mode"])) if self._has("x")[k]]
+        prefills, decodes = (np.flatnonzero(exists_in(self, name)) for name in ("x", "y"))
         columns: dict[str, Array] = {"prefill": np.nansum(self.prefill, axis=1)}
         if len(prefills) > 1:
             columns |= {f"prefill[{labels['mode'][k]}]": self.prefill[:, k] for k in prefills}
-        columns |= {f"decode[{name}]": self.decode[:, k] for k, name in enumerate(labels["mode"]) if self._has("y")[k]}
+        columns |= {f"decode[{labels['mode'][k]}]": self.decode[:, k] for k in decodes}
         columns |= {
             "prefill_queue": self.prefill_queue,
             "decode_queue": self.decode_queue,
@@ -299,36 +228,7 @@ class Plan:
             InvalidInput: where the condition fails: kappa < (B-1)/B (in general: a GPU type whose decode throughput
                 b/tau is largest in a mode with prefill), separate charging, or added rows.
         """
-        scenario = self.model.scenario
-        if not self.model.is_standard or scenario.charging != "bundled":
-            raise InvalidInput(
-                "without_decode_queue: needs bundled charging and no added rows; separate charging pays for the "
-                "prefills that it would take away"
-            )
-        if not self.decode_buffer_vanishes:
-            raise InvalidInput(
-                "without_decode_queue: the condition of Proposition 3.2 does not hold: in some GPU type a mode with "
-                "prefill has the largest decode throughput (kappa < (B-1)/B for the mixed/solo pair)"
-            )
-        from fluidopt.solvers.structured import mode_shares
-
-        workload = self.model.workload
-        share = mode_shares(self.model, float(workload.prompt_tokens @ self.throughput))
-        grids = self.program.column_grids(self.solution.values)
-        theta = np.where(workload.abandonment_rate > 0, workload.abandonment_rate, 1.0)
-        grids |= {
-            "phi": share,
-            "x": _split(share, workload.prompt_tokens * self.throughput, self._has("x")),
-            "q_p": (workload.arrival_rate - self.throughput) / theta,
-            "q_d": np.zeros(len(workload)),
-        }
-        values = self.solution.values.copy()
-        for block in self.program.columns:
-            exists = block.numbers >= 0
-            values[block.numbers[exists]] = np.maximum(grids[block.name][exists], 0.0)
-        moved = replace(self, solution=replace(self.solution, values=values))
-        slots = np.array([mode.decode_slots for _, mode in self.model.modes]) * share
-        return moved._with_decodes(slots)
+        return without_decode_queue(self)
 
     @cached_property
     def class_margin(self) -> Array:
@@ -630,10 +530,3 @@ def _cheapest(reduced: Array, tokens: Array, speed: Array) -> Array:
     cost = reduced[:, able] * tokens[:, None] / speed[able]
     least: Array = np.where(np.isnan(cost), np.inf, cost).min(axis=1)
     return np.where(np.isinf(least), np.nan, least)
-
-
-def _split(totals: Array, work: Array, exists: Array) -> Array:
-    """Share each mode's total over classes in proportion to ``work``; shape (I, K)."""
-    amount = work.sum()
-    share = work / amount if amount > 0 else np.zeros_like(work)
-    return np.outer(share, np.where(exists > 0, totals, 0.0))

@@ -8,8 +8,8 @@ longer, so simulate. Prefill fairness, decode fairness, wait and time-to-first-t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -17,61 +17,18 @@ import sympy
 from pydantic import Field
 from sympy import Add, Expr, IndexedBase, Integer, Symbol
 
-from fluidopt.algebra import IndexSet, Parameter, RowFamily, SymbolicProgram, Variable
+from fluidopt.additions import Addition, Context, PerClass, Soft, spread_rows
+from fluidopt.algebra import Parameter, RowFamily, SymbolicProgram, Variable
 from fluidopt.errors import InvalidInput
 from fluidopt.formulation import CLASSES, MODES, Symbols
 from fluidopt.inputs import NonNegative, Positive, input_type
 from fluidopt.program import Array
-from fluidopt.tables import shorten
 
 if TYPE_CHECKING:
-    from fluidopt.contention import GPU, Mode
-    from fluidopt.workload import Workload
+    pass
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Whom = Literal["arrivals", "served"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a service level may look at: the classes, the modes with their GPU types, and the model's symbols."""
-
-    workload: Workload
-    modes: Sequence[tuple[GPU, Mode]]
-    symbols: Symbols
-
-    def chosen(self, classes: Sequence[str] | None, level: str) -> Array:
-        """Shape (I,): 1 for the classes named (all where None is given).
-
-        Raises:
-            InvalidInput: a name that is not a class.
-        """
-        names = self.workload.names
-        if classes is None:
-            return np.ones(len(names))
-        unknown = [name for name in classes if name not in names]
-        if unknown:
-            raise InvalidInput(
-                f"{level}: there is no class {unknown[0]!r}; classes are {shorten([repr(name) for name in names])}"
-            )
-        return np.isin(np.array(names, dtype=object), list(classes)).astype(float)
-
-
-@dataclass(frozen=True)
-class Addition:
-    """What a service level adds to the program."""
-
-    rows: tuple[RowFamily, ...]
-    variables: tuple[Variable, ...] = ()
-    parameters: tuple[Parameter, ...] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
-    cost: Expr = sympy.S.Zero
-    """Subtracted from the objective."""
-    empties_decode_queue: bool = False
-    """Whether the level is only meant with ``q_d = 0``."""
-    cut: Callable[[Mapping[str, Array]], tuple[RowFamily, float, float]] | None = None
-    """For a convex penalty (its variable the first of ``variables``): from the present values, the tangent there, the
-    penalised amount as it should be and as it is."""
 
 
 @input_type
@@ -90,7 +47,7 @@ class PrefillFairness:
     def add(self, name: str, context: Context) -> Addition:
         """The rows of this level."""
         s = context.symbols
-        return _spread_rows(self, name, context, s.sum(s.x[s.i, s.k], over=s.k), "prefills in service")
+        return spread_rows(self, name, context, s.sum(s.x[s.i, s.k], over=s.k), "prefills in service")
 
 
 @input_type
@@ -112,7 +69,7 @@ class DecodeFairness:
         alone = Parameter(IndexedBase(f"decode_only_{name}"), (MODES,), "1", "1 where the mode runs no prefill")
         metric = s.sum(alone.symbol[s.k] * s.y[s.i, s.k], over=s.k)
         values = {alone.name: np.array([float(not mode.prefills) for _, mode in context.modes])}
-        added = _spread_rows(self, name, context, metric, "decodes in service on decode-only GPUs")
+        added = spread_rows(self, name, context, metric, "decodes in service on decode-only GPUs")
         return replace(added, parameters=(*added.parameters, alone), values={**added.values, **values})
 
 
@@ -217,7 +174,7 @@ class MeanWait:
     def add(self, name: str, context: Context) -> Addition:
         """The rows of this level."""
         s = context.symbols
-        level = _PerClass(self, name, context, "s", f"mean wait of {{class}} is at most {self.at_most:g} s")
+        level = PerClass(self, name, context, "s", f"mean wait of {{class}} is at most {self.at_most:g} s")
         _refuse_patient(name, context, level.chosen)
         right = s.lambda_[s.i] * (level.bound if self.of == "arrivals" else _served_wait(s, level.bound))
         return level.row(s.q_p[s.i], right, self.at_most, empties_decode_queue=True)
@@ -246,7 +203,7 @@ class MeanTTFT:
         """The rows of this level."""
         s = context.symbols
         meaning = f"mean time to first token of {{class}} is at most {self.at_most:g} s"
-        level = _PerClass(self, name, context, "s", meaning)
+        level = PerClass(self, name, context, "s", meaning)
         _refuse_patient(name, context, level.chosen)
         if self.of == "arrivals":
             metric = s.q_p[s.i] + s.sum(s.x[s.i, s.k], over=s.k)
@@ -286,7 +243,7 @@ class MeanTPOT:
         """The rows of this level."""
         s = context.symbols
         meaning = f"mean time per output token of {{class}} is at most {self.at_most:g} s"
-        level = _PerClass(self, name, context, "s/token", meaning)
+        level = PerClass(self, name, context, "s/token", meaning)
         queues = Parameter(IndexedBase(f"queues_{name}"), (CLASSES,), "1", "1 where the decode queue is determined")
         metric = s.sum(s.y[s.i, s.k], over=s.k) + queues.symbol[s.i] * s.q_d[s.i]
         right = level.bound * s.sum(s.y[s.i, s.k] / s.tau[s.k], over=s.k)
@@ -312,7 +269,7 @@ class AbandonmentShare:
         """The rows of this level."""
         s = context.symbols
         meaning = f"at most {self.at_most:.3g} of {{class}} abandon"
-        level = _PerClass(self, name, context, "1", meaning)
+        level = PerClass(self, name, context, "1", meaning)
         metric = s.theta[s.i] * s.q_p[s.i] + s.theta[s.i] * s.q_d[s.i]
         return level.row(metric, level.bound * s.lambda_[s.i], self.at_most)
 
@@ -340,7 +297,7 @@ class CompletionFloor:
         """The rows of this level."""
         s = context.symbols
         of = f"{self.share:.3g} of" if self.share is not None else f"{self.rate:g}/s per GPU of"
-        level = _PerClass(self, name, context, "requests/s/GPU", f"at least {of} {{class}} are completed")
+        level = PerClass(self, name, context, "requests/s/GPU", f"at least {of} {{class}} are completed")
         floor = level.bound * s.lambda_[s.i] if self.share is not None else level.bound
         done = s.sum(s.mu_d[s.i, s.k] * s.y[s.i, s.k], over=s.k)
         return level.row(-done, -floor, self.share if self.share is not None else self.rate)
@@ -379,10 +336,10 @@ class KVMemory:
         waiting = s.sum(queues.symbol[s.i] * s.P[s.i] * s.q_d[s.i], over=s.i)
         meaning = f"{self.tokens:g} KV-cache tokens fit on a GPU"
         room = limit.symbol * s.phi[s.k]
-        per_mode = _Soft(self.penalty, name, (MODES,), "tokens/GPU").row(
+        per_mode = Soft(self.penalty, name, (MODES,), "tokens/GPU").row(
             used, room, f"{meaning} in mode {{mode}}", where=s.C[s.k] + s.b[s.k] > 0
         )
-        fleet = _Soft(self.penalty, f"{name}_fleet", (), "tokens/GPU").row(
+        fleet = Soft(self.penalty, f"{name}_fleet", (), "tokens/GPU").row(
             s.sum(used, over=s.k) + waiting, s.sum(room, over=s.k), meaning
         )
         return Addition(
@@ -417,7 +374,7 @@ class KVTransfer:
         moves = Parameter(IndexedBase(f"moves_{name}"), (MODES,), "1", "1 where the mode prefills without decoding")
         rate = s.sum(s.sum(moves.symbol[s.k] * s.C[s.k] / s.tau[s.k] * s.x[s.i, s.k], over=s.i), over=s.k)
         meaning = f"at most {self.at_most:g} prompt tokens/s per GPU move from prefill to decode"
-        added = _Soft(self.penalty, name, (), "tokens/s").row(rate, limit.symbol, meaning)
+        added = Soft(self.penalty, name, (), "tokens/s").row(rate, limit.symbol, meaning)
         alone = np.array([float(mode.prefills and mode.decode_slots == 0) for _, mode in context.modes])
         return replace(
             added, parameters=(limit, moves), values={limit.name: np.float64(self.at_most), moves.name: alone}
@@ -483,102 +440,6 @@ def extend(
             )
         )
     return program, values, additions
-
-
-@dataclass(frozen=True)
-class _Soft:
-    """One family of rows ``metric <= bound``, with a priced excess where the level has a penalty."""
-
-    penalty: float | None
-    name: str
-    over: tuple[IndexSet, ...]
-    unit: str
-
-    def row(self, metric: Expr, right: Expr, meaning: str, where: Any = sympy.true) -> Addition:
-        row = RowFamily(
-            self.name,
-            metric,
-            "<=",
-            right,
-            self.over,
-            where=where,
-            meaning=meaning,
-            dual=f"dual_{self.name}",
-            dual_unit=f"money/s per {self.unit}",
-        )
-        if self.penalty is None:
-            return Addition((row,))
-        label = f"excess_{self.name}"
-        symbol = IndexedBase(label) if self.over else Symbol(label)
-        excess = Variable(symbol, self.over, self.unit, f"above the bound of {self.name}", exists=where)
-        total = excess.indexed
-        for index in self.over:
-            total = index.sum(total)
-        return Addition(
-            (replace(row, left=metric - excess.indexed),),
-            variables=(excess,),
-            cost=sympy.Float(self.penalty) * total,
-        )
-
-
-class _PerClass:
-    """A level with one bound for the classes it holds for."""
-
-    def __init__(self, level: Any, name: str, context: Context, unit: str, meaning: str) -> None:
-        self.level, self.name, self.unit, self.meaning = level, name, unit, meaning
-        self.chosen = context.chosen(level.classes, name)
-        i = context.symbols.i
-        self._bound = Parameter(IndexedBase(f"bound_{name}"), (CLASSES,), unit, f"bound of {name}")
-        self._holds = Parameter(IndexedBase(f"holds_{name}"), (CLASSES,), "1", f"1 for the classes of {name}")
-        self.bound: Expr = self._bound.symbol[i]
-        self.holds: Expr = self._holds.symbol[i]
-
-    def row(self, metric: Expr, right: Expr, bound: Any, *, empties_decode_queue: bool = False) -> Addition:
-        soft = _Soft(self.level.penalty, self.name, (CLASSES,), "unit of the row")
-        added = soft.row(metric, right, self.meaning, where=self.holds > 0)
-        return replace(
-            added,
-            parameters=(self._bound, self._holds),
-            values={
-                self._bound.name: np.broadcast_to(np.asarray(bound, dtype=float), self.chosen.shape),
-                self._holds.name: self.chosen,
-            },
-            empties_decode_queue=empties_decode_queue,
-        )
-
-
-def _spread_rows(level: Any, name: str, context: Context, metric: Expr, what: str) -> Addition:
-    """max_i metric_i - min_i metric_i <= bound, with the two extremes as variables."""
-    i = context.symbols.i
-    holds = Parameter(IndexedBase(f"holds_{name}"), (CLASSES,), "1", f"1 for the classes of {name}")
-    bound = Parameter(Symbol(f"bound_{name}"), (), "requests/GPU", f"bound of {name}")
-    most, least = (
-        Variable(Symbol(f"{end}_{name}"), (), "requests/GPU", f"{end} {what} of a class") for end in ("most", "least")
-    )
-    meaning = f"{what} differ by at most {level.at_most:g} per GPU between classes"
-    sides = tuple(
-        RowFamily(
-            f"{name}_{end}",
-            metric,
-            sense,  # type: ignore[arg-type]
-            variable.symbol,
-            (CLASSES,),
-            where=holds.symbol[i] > 0,
-            meaning=f"{{class}} has the {end} {what}",
-            dual=f"dual_{name}_{end}",
-            dual_unit="money/s per request in service",
-        )
-        for end, sense, variable in (("most", "<=", most), ("least", ">=", least))
-    )
-    spread = _Soft(level.penalty, name, (), "requests/GPU").row(most.symbol - least.symbol, bound.symbol, meaning)
-    return replace(
-        spread,
-        rows=(*sides, *spread.rows),
-        variables=(most, least, *spread.variables),
-        parameters=(holds, bound),
-        values={holds.name: context.chosen(level.classes, name), bound.name: np.float64(level.at_most)},
-        empties_decode_queue=True,
-    )
 
 
 def _served_wait(s: Symbols, wait: Expr) -> Expr:

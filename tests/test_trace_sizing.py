@@ -18,7 +18,8 @@ from fluidopt.curves import LinearTime, TabulatedTime
 from fluidopt.errors import InfeasibleModel, InvalidInput
 from fluidopt.serving.engine import EngineFleet
 from fluidopt.serving.replay import replay
-from fluidopt.studies.sizing.trace import Outcome, least_fleet, size_trace
+from fluidopt.studies.sizing.least import Outcome, least_fleet
+from fluidopt.studies.sizing.trace import size_trace
 from fluidopt.studies.sizing.trace_bound import Promise, iterations, trace_bound
 from fluidopt.traces.trace import Trace
 

@@ -320,12 +320,13 @@ def _assemble(
     bounded = ~patient & (problem.upper < problem.arrival_rate)
 
     mode_share = fleet.mode_share(p)
-    decodes = _slots_in_use(problem, mode_share * problem.decode_slots, float(output @ completed))
+    slots = mode_share * problem.decode_slots
+    decodes = in_router_order(slots, problem.speed, prefills, float(output @ completed))
     patience = np.where(patient, np.nan, problem.abandonment_rate)
     return StructuredSolution(
         mode_share=mode_share,
-        prefill=_split(np.where(prefills, mode_share, 0.0), prompt * admitted),
-        decode=_split(decodes, output * completed),
+        prefill=split(np.where(prefills, mode_share, 0.0), prompt * admitted),
+        decode=split(decodes, output * completed),
         prefill_queue=(problem.arrival_rate - admitted) / patience,
         decode_queue=(admitted - completed) / patience,
         fleet=sigma,
@@ -345,19 +346,24 @@ def _assemble(
     )
 
 
-def _split(totals: Array, work: Array) -> Array:
+def split(totals: Array, work: Array) -> Array:
     """Each mode's total shared over classes in proportion to ``work``; shape (I, K)."""
     amount = work.sum()
     return np.outer(work / amount if amount > 0 else np.zeros_like(work), totals)
 
 
-def _slots_in_use(problem: CapacityProblem, slots: Array, rate: float) -> Array:
+def in_router_order(slots: Array, speed: Array, prefills: NDArray[np.bool_], rate: float) -> Array:
     """Decodes per mode, shape (K,), at ``rate`` output tokens/s: decode-only modes fill first, then the faster ones.
 
     Where slots are left over the model does not say which stay empty; this is the router's order.
+
+    Args:
+        slots: decode slots per mode, requests/GPU.
+        speed: tokens/s of each.
+        prefills: whether the mode runs a prefill.
+        rate: output tokens/s.
     """
-    speed = problem.speed
-    order = np.lexsort((-speed, problem.chunk > 0))
+    order = np.lexsort((-speed, prefills))
     capacity = (slots * speed)[order]
     before = np.concatenate([[0.0], np.cumsum(capacity)[:-1]])
     filled = np.clip(rate - before, 0.0, capacity)

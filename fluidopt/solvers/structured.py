@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fluidopt.additions import Context
 from fluidopt.program import LinearProgram
-from fluidopt.service_levels import AbandonmentShare, CompletionFloor, Context, MeanWait, SlotTPOT, names_of
+from fluidopt.service_levels import AbandonmentShare, CompletionFloor, MeanWait, SlotTPOT, names_of
 from fluidopt.solvers.certificate import Solution, certify
 from fluidopt.solvers.knapsack import CapacityProblem, StructuredSolution, applies, frontier, solve_capacity
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from sympy import IndexedBase, Integer, Symbol
 
+from fluidopt.additions import Addition, Context
 from fluidopt.algebra import Parameter, RowFamily, SymbolicProgram, Variable
 from fluidopt.contention import GPU
 from fluidopt.errors import InvalidInput
@@ -21,7 +22,7 @@ from fluidopt.inputs import NonNegative, NonNegativeInt, input_type
 from fluidopt.model import FluidModel
 from fluidopt.program import Array, LinearProgram, Numbers, lower
 from fluidopt.scenario import Charging
-from fluidopt.service_levels import Addition, CompletionFloor, Context, ServiceLevel, SlotTPOT, extend
+from fluidopt.service_levels import CompletionFloor, ServiceLevel, SlotTPOT, extend
 from fluidopt.solvers import Solution
 from fluidopt.tables import shorten
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
