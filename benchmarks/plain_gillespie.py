@@ -26,7 +26,7 @@ from fluidopt.simulation.system import Start, System
 
 
 class PlainReplication(NamedTuple):
-    """The counters of `fluidopt.simulation.kernel.Replication` under the same names, over the window."""
+    """The counters of `fluidopt.simulation.system.Replication` under the same names, over the window."""
 
     events: int
     arrivals: npt.NDArray[np.int64]

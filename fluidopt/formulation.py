@@ -147,7 +147,7 @@ class Family:
 
     def __init__(self, quantity: Parameter | Variable, labels: dict[str, tuple[str, ...]]) -> None:
         self.quantity = quantity
-        self._labels = labels
+        self.labels = labels
 
     def __getitem__(self, key: Any) -> Expr:
         keys = key if isinstance(key, tuple) else (key,)
@@ -160,7 +160,7 @@ class Family:
     def _member(self, key: Any, index: IndexSet) -> Expr:
         if key == index.symbol:
             return index.symbol
-        labels = self._labels[index.name]
+        labels = self.labels[index.name]
         if isinstance(key, str) and key in labels:
             return Integer(labels.index(key))
         raise InvalidInput(

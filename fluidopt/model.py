@@ -145,6 +145,11 @@ class FluidModel:
         return Symbols(self.labels)
 
     @property
+    def has_convex_penalty(self) -> bool:
+        """Whether a penalty is convex (that of slot TPOT): it is met by cuts, round by round, not by one program."""
+        return any(added.cut is not None for added in self._additions)
+
+    @property
     def is_standard(self) -> bool:
         """Whether rows and objective are the built-in ones (nothing added by `subject_to` or `maximize`)."""
         return self.symbolic == formulation(self.scenario.charging)

@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,7 @@ def trace(case: Case) -> str:
 def command(case: Case) -> str:
     """Run a command line in this process, or now and then in one of its own."""
     words = [str(word) for word in case.words]
-    if hash(case.words) % 200 == 0 and not any("\0" in word for word in words):
+    if zlib.crc32(repr(case.words).encode()) % 200 == 0 and not any("\0" in word for word in words):
         return _in_a_process(words)
     out, err = _Text(), _Text()
     kept = sys.argv, sys.stdin, sys.stdout, sys.stderr, warnings.showwarning

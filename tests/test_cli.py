@@ -279,6 +279,12 @@ def test_drawn_requests_have_the_recorded_means():
     assert set(frame["origin"]) == {"drawn"}
 
 
+def test_example_says_how_to_get_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["example", "a trial"]).stdout
+    assert "Next:\n  cd 'a trial'\n  fluidopt plan" in said
+
+
 def test_example_overwrites_nothing(tried):
     before = {path: path.read_bytes() for path in tried.glob("*.csv")}
     done = run("example", cwd=tried)
@@ -385,6 +391,7 @@ def test_the_version():
         (["simulate", "scenario.toml", "--horizon", "1e300"], "take at most"),
         (["simulate", "scenario.toml", "--gpus", "100000000"], "--gpus must be at most 1,000,000"),
         (["replay", "requests.csv", "--gpus", "1", "--csv", "."], "cannot write .: Is a directory"),
+        (["size", "requests.csv", "--ttft=2", "--tpot=1", "--mean", "--percentile=95"], "give one of them"),
     ],
 )
 def test_each_mistake_is_one_line(words, message, tried, capfd, monkeypatch):

@@ -56,6 +56,16 @@ def test_a_row_is_read_as_the_symbols_write_it(text, relation):
     assert parse_relation(text, SYMBOLS) == relation
 
 
+@pytest.mark.parametrize(
+    "choice", ["max(log(6), log(2) + log(3))", "min(log(6), log(2) + log(3))", "abs(log(6) - log(2) - log(3))"]
+)
+def test_constants_that_only_floating_point_can_compare_are_read(choice):
+    """They are the same number or 0, which no algebra here shows."""
+    relation = parse_relation(f"exp({choice})*q_p[i] <= 1", SYMBOLS)
+    exact = 1 if choice.startswith("abs") else 6
+    assert float(relation.lhs / S.q_p[S.i]) == pytest.approx(exact)
+
+
 def test_a_row_read_from_text_can_be_added_to_a_model(reference):
     row = parse_relation("sum(x[i, 'mixed'], i) <= 0.1", reference.symbols)
     plan = reference.subject_to(row, name="few_prefills").solve()
@@ -269,6 +279,10 @@ REFUSED = [
     ("sqrt(-1) <= x[i,k]", "has no finite real value"),
     ("1/0 <= x[i,k]", "has no finite real value"),
     ("x[i,k]/(y[i,k] - y[i,k]) <= 1", "has no finite real value"),
+    ("sqrt(-abs(x[i,k])) <= 1", "found a division by 0 or a root of a negative number; every value must be real"),
+    ("max(sqrt(-abs(x[i,k]) - 1), 2) <= 1", "found max of something without an order; every value must be real"),
+    ("(9**99/7**99)**4*x[i,k] <= 1", "found a number too large, too small or too long"),
+    ("1/sum(0*x[i,k], k) <= q_p[i]", r"'0\*\*-1' has no finite real value"),
     ("x[i,k] <= 1e200*1e200", "found a number too large, too small or too long"),
     ("x[i,k] <= 1e999", "column 11: found '1e999'; a number lies between"),
     ("x[i,k] <= 1e-200*1e-200", "found a number too large, too small or too long"),
@@ -341,6 +355,16 @@ MALICIOUS = [
 def test_what_is_not_a_row_is_refused_with_its_place_and_reason(text, message):
     with pytest.raises(fo.InvalidInput, match=message):
         parse_relation(text, SYMBOLS)
+
+
+@pytest.mark.parametrize("trouble", [RecursionError, MemoryError, ValueError])
+def test_text_that_defeats_pythons_parser_is_refused(monkeypatch, trouble):
+    def parse(*_, **__):
+        raise trouble
+
+    monkeypatch.setattr("fluidopt.expressions.reading.ast.parse", parse)
+    with pytest.raises(fo.InvalidInput, match="this is too deeply nested to be read"):
+        parse_relation("x[i,k] <= 1", SYMBOLS)
 
 
 @pytest.mark.parametrize("text", MALICIOUS)

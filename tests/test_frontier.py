@@ -139,6 +139,23 @@ def test_a_range_without_a_plan_is_shown_as_such_with_the_least_feasible_bound()
     assert str(nothing)
 
 
+@pytest.mark.parametrize(
+    ("level", "bounds"),
+    [(LEVELS[9], (0.97, 1.0)), (LEVELS[2], (0.001, 0.002)), ((LEVELS[2], LEVELS[0]), ((0.001, 0.002), (0.0, 0.1)))],
+    ids=["right side", "coefficient", "pair"],
+)
+def test_a_range_with_no_plan_at_all_is_told_shown_and_saved(level, bounds):
+    found = frontier(MODEL, level, bounds=bounds, points=3)
+    assert np.isnan(found.revenue_rate).all()
+    assert found.kinks == ()
+    assert found.statement.startswith("No plan keeps these bounds. No plan keeps ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found.plot().axes
+        assert found.statement in found._repr_html_()
+    assert Frontier.from_dict(found.to_dict()).points.identical(found.points)
+
+
 @pytest.mark.parametrize("at", [3, 5, 8, 9, 10])
 def test_the_tightest_bound_is_that_of_a_program_that_minimises_it(at):
     """Of a right side, rows are linear in plan and bound together."""

@@ -1,112 +1,29 @@
-"""Reports: every number on a page is its object's, nothing breaks out of it, and browsers show it as it is meant."""
+"""Reports: every number on a page is its object's, nothing breaks out of it, and what cannot be made is said."""
 
 import base64
-import contextlib
-import functools
 import hashlib
-import http.server
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
-import threading
-import warnings
 from dataclasses import replace
 from html import escape, unescape
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from recorded import DATA, recorded
+from report_page import SHORT, Page, assert_same
 
 import fluidopt as fo
-from fluidopt import cli
 from fluidopt.errors import InfeasibleModel, InvalidInput
 from fluidopt.reports import Unmade, report
-from fluidopt.reports.page import page
 from fluidopt.reports.svg import Spot, inline_svg
 from fluidopt.studies.sizing.trace import TraceSize
 from fluidopt.tables import number
 
 GPUS = 12
-SHORT = {"horizon": 300.0, "replications": 4}
-BRIEF = ("--horizon", "300", "--replications", "4")
 HOSTILE = "<script>alert('x')</script>&\"' ]]> {{ 7*7 }} $\\frac{$ \x1b"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-in_browser = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium (a CI without one fails)"
-)
-
-
-class Page(HTMLParser):
-    """What a page holds: tables by id, as (label, text and values of the cells), and the tags with their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: dict[str, list[tuple[str, list[tuple[str, float | None]]]]] = {}
-        self.figures: list[float] = []
-        self._row: tuple[list[str], list[list[str]], list[float | None]] | None = None
-        self._inside: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.tags.append((tag, given))
-        if tag == "table":
-            self._rows = self.tables.setdefault(given["id"] or "", [])
-        elif tag == "tr":
-            self._row = ([], [], [])
-        elif tag == "td" and self._row:
-            self._row[1].append([])
-            self._row[2].append(None)
-        elif tag == "data":
-            if self._row:
-                self._row[2][-1] = float(given["value"] or "nan")
-            else:
-                self.figures.append(float(given["value"] or "nan"))
-        if tag in ("th", "td"):
-            self._inside.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag in ("th", "td"):
-            self._inside.pop()
-        elif tag == "tr" and self._row:
-            label, texts, values = self._row
-            if texts:
-                shown = ["".join(each).strip() for each in texts]
-                self._rows.append(("".join(label), list(zip(shown, values, strict=True))))
-            self._row = None
-
-    def handle_data(self, data):
-        if self._row and self._inside:
-            (self._row[0] if self._inside[-1] == "th" else self._row[1][-1]).append(data)
-
-
-def values_of(frame) -> list[list[float]]:
-    """The numbers of a frame, a list per row; words and truth values left out."""
-    return [
-        [float(cell) for cell in row if isinstance(cell, (int, float, np.number)) and not isinstance(cell, bool)]
-        for row in frame.itertuples(index=False, name=None)
-    ]
-
-
-def assert_same(shown, frame, *, exactly=True) -> None:
-    """A table of a page holds the frame, row by row: to the last bit with texts that round it, or to rounding."""
-    rows = values_of(frame)
-    assert len(shown) == len(rows)
-    for (label, cells), values in zip(shown, rows, strict=True):
-        texts = [text for text, value in cells if value is not None or text in ("–", "no limit")]
-        found = [value for _, value in cells if value is not None]
-        finite = [value for value in values if math.isfinite(value)]
-        assert found == (finite if exactly else pytest.approx(finite, rel=1e-6, abs=1e-7)), label
-        if exactly:
-            assert texts == [number(value) if not math.isinf(value) else "no limit" for value in values], label
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +229,11 @@ def test_without_a_number_of_gpus_there_is_a_plan():
     assert set(made.unmade) == {"policy", "result", "promises", "size"}
     assert "give gpus, or --gpus" in made.to_html()
     assert "thresholds" in Page(made.to_html()).tables
+
+
+def test_a_precision_stands_in_for_the_horizon():
+    made = report(fo.reference_model(), precision=0.5, warmup=2500.0, horizon=2000.0)
+    assert made.settings.horizon is None
 
 
 def test_what_cannot_be_trusted_is_said(made):
@@ -577,211 +499,3 @@ def test_it_shows_in_a_notebook(made):
     for each in made.figures:
         assert each.sentence in str(made)
         assert each.sentence in unescape(made._repr_html_())
-
-
-# ---- the command --------------------------------------------------------------------------------------------------
-
-
-def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fluidopt", "report", *words], capture_output=True, text=True, cwd=cwd, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A folder with a scenario and its page, and what the command said."""
-    folder = tmp_path_factory.mktemp("report")
-    scenario = Path(__file__).parents[1] / "docs" / "examples" / "scenario.toml"
-    shutil.copy(scenario, folder / "scenario.toml")
-    done = run("scenario.toml", "--seed", "7", "-o", "first.html", *BRIEF, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-def test_the_same_inputs_and_seed_give_the_same_page(written):
-    """Another process, another file, other order of options; and the JSON of a third is that of the objects."""
-    folder, done = written
-    again = run(*BRIEF, "-o", "second.html", "--json", "--seed", "7", "scenario.toml", cwd=folder)
-    assert again.returncode == 0, again.stderr
-    first = (folder / "first.html").read_bytes()
-    command = "fluidopt report scenario.toml --horizon 300.0 --replications 4 --seed 7"
-    assert first == (folder / "second.html").read_bytes()
-    assert command.encode() in first
-    assert done.stdout.endswith("Page: first.html\n")
-    assert re.fullmatch(r"[\d.]+ s( \(.*\))?\n", done.stderr)
-    model = fo.FluidModel.from_scenario(folder / "scenario.toml")
-    made = report(model, seed=7, command=command, **SHORT)
-    assert json.loads(again.stdout) == json.loads(json.dumps(made.to_dict()))
-    assert page(made).encode() == first
-    assert made.figures[0].sentence in " ".join(done.stdout.split())
-
-
-def test_the_scenario_on_the_page_makes_the_plan_again(written):
-    folder, _ = written
-    text = (folder / "first.html").read_text()
-    (saved,) = [
-        unescape(each) for each in re.findall(r"<code>(.*?)</code>", text, re.DOTALL) if each.startswith("{")
-    ]  # fmt: skip
-    again = fo.FluidModel.from_scenario(fo.Scenario.from_dict(json.loads(saved)))
-    assert again.solve() == fo.FluidModel.from_scenario(folder / "scenario.toml").solve()
-
-
-def main(monkeypatch, *words: str) -> int | str | None:
-    """The command in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["fluidopt", "report", *words])
-    with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
-        cli.main()
-    return ended.value.code
-
-
-def test_shells_complete_what_there_is():
-    from fluidopt.cli.report import PROMISES
-    from fluidopt.reports.making import LEVELS
-
-    assert tuple(level.kind for level in LEVELS) == PROMISES
-
-
-def test_the_command_says_what_it_could_not_make(tmp_path, monkeypatch, capsys):
-    patient = fo.reference_model().workload.with_abandonment(0.0)
-    model = fo.FluidModel(patient, fo.reference_model().gpu_types, prices=fo.TokenPrices(prompt=0.1, output=0.2))
-    (tmp_path / "busy.json").write_text(json.dumps(model.scenario.to_dict()))
-    page = tmp_path / "page.html"
-    assert main(monkeypatch, str(tmp_path / "busy.json"), "--gpus", "4", "-o", str(page)) == 3
-    assert "no plan satisfies all rows" in capsys.readouterr().err
-    assert "There is no plan" in page.read_text()
-
-
-def test_the_command_refuses_what_does_not_fit(written, monkeypatch, capsys):
-    folder, _ = written
-    scenario = str(folder / "scenario.toml")
-    for words, message in (
-        (["--with", scenario], "--column and --with go with a trace"),
-        (["--start", "full"], "--start must be empty or fluid; got 'full'"),
-        (["--promise", "magic"], "promise must be one of slot_tpot"),
-        (["-o", str(folder)], "--output must be a file in a directory that exists"),
-        (["-o", str(folder / "nowhere" / "page.html")], "--output must be a file in a directory that exists"),
-    ):
-        assert main(monkeypatch, scenario, "--horizon", "100", *words) == 2
-        said = capsys.readouterr()
-        assert (said.out, message in said.err) == ("", True)
-
-
-# ---- browsers -----------------------------------------------------------------------------------------------------
-
-# A page that frames the report from the same server, so that a script may look into it at two widths.
-LOOK = """<!DOCTYPE html><title>look</title><pre id="found"></pre><script>
-addEventListener("load", async () => {
-  const found = {};
-  for (const width of [390, 1280]) {
-    const frame = document.createElement("iframe");
-    frame.style.cssText = `width:${width}px;height:900px;border:0`;
-    frame.src = "first.html";
-    document.body.append(frame);
-    await new Promise((done) => { frame.onload = done; });
-    const page = frame.contentDocument, tip = page.getElementById("tip");
-    const spot = page.querySelector("#figure-served .spot"), box = spot.getBoundingClientRect();
-    const at = { bubbles: true, clientX: box.left + 5, clientY: box.top + 5, pointerType: "mouse" };
-    spot.dispatchEvent(new frame.contentWindow.PointerEvent("pointermove", at));
-    const pointed = { hidden: tip.hidden, text: tip.textContent, said: spot.dataset.tip };
-    page.body.dispatchEvent(new frame.contentWindow.PointerEvent("pointermove", at));
-    const chart = page.querySelector("#figure-served .chart");
-    chart.focus();
-    const key = (name) => new frame.contentWindow.KeyboardEvent("keydown", { bubbles: true, key: name });
-    chart.dispatchEvent(key("ArrowDown"));
-    page.activeElement.dispatchEvent(key("ArrowDown"));
-    const spots = [...chart.querySelectorAll(".spot")];
-    const walked = spots.indexOf(page.activeElement);
-    page.activeElement.dispatchEvent(key("Escape"));
-    const right = tip.getBoundingClientRect().right;
-    found[width] = {
-      wide: page.scrollingElement.scrollWidth, inner: frame.contentWindow.innerWidth, pointed, walked,
-      escaped: tip.hidden && page.activeElement === chart, right,
-      titles: page.querySelectorAll(".spot > title").length, scripts: page.scripts.length,
-    };
-  }
-  document.getElementById("found").textContent = JSON.stringify(found);
-});
-</script>"""
-
-
-QUIET = """<!DOCTYPE html><title>quiet</title><pre id="found"></pre>
-<iframe src="first.html" sandbox="allow-same-origin"></iframe><script>
-addEventListener("load", () => {
-  const page = document.querySelector("iframe").contentDocument;
-  document.getElementById("found").textContent = page.documentElement.outerHTML;
-});
-</script>"""
-
-
-@contextlib.contextmanager
-def served(folder: Path):
-    """The folder on a server of this machine: its address, and what it was asked for."""
-    asked: list[str] = []
-
-    class Remembers(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_parts):
-            asked.append(self.path)
-
-    handler = functools.partial(Remembers, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
-def browse(address: str, *options: str) -> subprocess.CompletedProcess[str]:
-    quiet = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
-    return subprocess.run(
-        [str(CHROMIUM), *quiet, "--enable-logging=stderr", "--log-level=0", *options, address],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-@in_browser
-def test_a_browser_shows_it_without_errors_and_asks_for_nothing_else(written):
-    """Served by a server that remembers what it is asked for; in two widths, pointed at, and walked by keyboard."""
-    folder, _ = written
-    (folder / "look.html").write_text(LOOK)
-    with served(folder) as (address, asked):
-        done = browse(f"{address}/look.html", "--dump-dom", "--virtual-time-budget=10000")
-    assert set(asked) <= {"/look.html", "/first.html", "/favicon.ico"}
-    assert "CONSOLE" not in done.stderr, done.stderr
-    (found,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    seen = json.loads(unescape(found))
-    for width in ("390", "1280"):
-        looked = seen[width]
-        assert looked["wide"] <= looked["inner"] <= int(width)
-        assert looked["pointed"]["hidden"] is False
-        assert looked["pointed"]["text"] == looked["pointed"]["said"] != ""
-        assert looked["walked"] == 1
-        assert looked["escaped"]
-        assert (looked["titles"], looked["scripts"]) == (0, 1)
-
-
-@in_browser
-def test_a_browser_without_scripts_shows_the_same_numbers(written):
-    """Framed by a page that forbids the report its script, and copies what is there."""
-    folder, _ = written
-    (folder / "quiet.html").write_text(QUIET)
-    with served(folder) as (address, _):
-        done = browse(f"{address}/quiet.html", "--dump-dom", "--virtual-time-budget=10000")
-    (copied,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    seen, whole = Page(unescape(copied)), Page((folder / "first.html").read_text())
-    assert seen.tables == whole.tables
-    assert seen.figures == whole.figures
-    spots = sum(given.get("class") == "spot" for _, given in whole.tags)
-    assert [tag for tag, _ in seen.tags].count("title") == spots + 1  # its own, and one to each spot
-
-
-@in_browser
-def test_it_prints(written, tmp_path):
-    folder, _ = written
-    paper = tmp_path / "page.pdf"
-    browse((folder / "first.html").as_uri(), f"--print-to-pdf={paper}", "--no-pdf-header-footer")
-    printed = paper.read_bytes()
-    assert printed.startswith(b"%PDF-")
-    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 20

@@ -568,6 +568,8 @@ def test_intervals_and_ranges_are_checked(reference):
         study(method="fast")
     with pytest.raises(fo.InvalidInput, match="response must be a function"):
         study(response="R*")
+    with pytest.raises(fo.InvalidInput, match="response must return a number; got 'much'"):
+        study(samples=4, response=lambda model: "much")  # noqa: ARG005
     with pytest.raises(fo.InvalidInput, match="at least two parameters"):
         study({"alpha": (0.01, 0.02)})
     with pytest.raises(fo.InvalidInput, match="low below high"):

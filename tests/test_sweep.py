@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from distributed import Client, LocalCluster
 
 import fluidopt as fo
 from fluidopt.studies.sweep import sweep
@@ -139,12 +140,32 @@ def test_a_broken_pool_is_an_error_at_its_points_which_a_checkpoint_does_not_kee
     assert again.attrs["failed"] == 0
 
 
+class BreaksAfterTwo(ThreadPoolExecutor):
+    """A pool that takes two blocks, and then nothing more."""
+
+    taken = 0
+
+    def submit(self, *args, **kwargs):
+        self.taken += 1
+        if self.taken > 2:
+            raise BrokenExecutor("a process died")
+        return super().submit(*args, **kwargs)
+
+
+def test_a_pool_that_breaks_before_it_takes_all_points_keeps_what_it_took(tmp_path):
+    grid = {"above": [4.0, 5.0, 6.0, 7.0], "below": [4.0]}
+    with BreaksAfterTwo(1) as pool:
+        broken = sweep(ratio, over=grid, executor=pool, checkpoint=tmp_path / "kept")
+    np.testing.assert_array_equal(broken["ratio"][:, 0], [1.0, 1.25, np.nan, np.nan])
+    assert broken["error"][2, 0].item() == "lost by the executor: BrokenExecutor: a process died"
+    assert sweep(ratio, over=grid, checkpoint=tmp_path / "kept").attrs["failed"] == 0
+
+
 def test_a_dask_cluster_that_loses_a_worker_ends_with_every_point(tmp_path):
-    distributed = pytest.importorskip("distributed")
     work = partial(dies_once, flag=str(tmp_path / "flag"))
     with (
-        distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
+        LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster) as client,
     ):
         found = sweep(work, over={"seed": range(24)}, executor=client)
         assert (tmp_path / "flag").exists()  # a worker was killed
@@ -260,6 +281,8 @@ def test_parameters_and_values_that_a_model_refuses_are_refused_at_once():
         sweep(model, over={"beam_width": [1]})
     with pytest.raises(fo.InvalidInput, match="chunk_size"):
         sweep(model, over={"chunk_size": [256, 0]})
+    with pytest.raises(fo.InvalidInput, match=r"arrival_rate\[decode-heavy\] and arrival_rate move the same number"):
+        sweep(model, over={"arrival_rate[decode-heavy]": [0.1], "arrival_rate": [1.0, 2.0]})
     with pytest.raises(fo.InvalidInput, match="measure must be a function"):
         sweep(model, over={"alpha": [0.01]}, measure=3)
     with pytest.raises(fo.InvalidInput, match="expected a FluidModel or a function"):

@@ -43,11 +43,16 @@ def on_a_curve():
     return fo.FluidModel(fo.reference_model().workload, gpus, prices=fo.TokenPrices(prompt=0.1, output=0.2))
 
 
-def design(model, rng, count, names=None):
-    """Random values of all parameters, near the present ones."""
+def names_apart(model, factors):
+    """All parameters, of the classes' either factors or single fields: both are the same numbers."""
+    return [name for name, each in parameters_of(model).items() if each.factor == factors or not each.members]
+
+
+def design(model, rng, count, names):
+    """Random values of parameters, near the present ones."""
     known = parameters_of(model)
     columns = {}
-    for name in names or known:
+    for name in names:
         factor = rng.uniform(0.8, 1.25, count)
         values = known[name].value * factor if known[name].value else factor * 1e-6
         columns[name] = np.maximum(np.rint(values), 1.0) if known[name].whole else values
@@ -85,7 +90,8 @@ def test_numbers_are_those_of_the_models_at_the_points_whatever_moves(model):
     rng = np.random.default_rng(5)
     for name in parameters_of(model):
         assert_same_numbers(model, design(model, rng, 3, [name]))
-    assert_same_numbers(model, design(model, rng, 5))  # a factor and the classes it is on: the later one counts
+    for factors in (True, False):
+        assert_same_numbers(model, design(model, rng, 5, names_apart(model, factors)))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -93,7 +99,8 @@ def test_numbers_are_those_of_the_models_at_the_points_whatever_moves(model):
 def test_random_models_at_random_points_earn_what_they_earn_alone(model, seed):
     rng = np.random.default_rng(seed)
     known = parameters_of(model)
-    names = rng.choice([name for name, each in known.items() if each.value > 0], 3, replace=False).tolist()
+    apart = names_apart(model, factors=bool(rng.integers(2)))
+    names = rng.choice([name for name in apart if known[name].value > 0], 3, replace=False).tolist()
     columns = design(model, rng, 12, names)
     found = sweep(model, design=pd.DataFrame(columns))
     vary = Variants.of(model.scenario, columns)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluidopt.cli.options import KINDS, Classes, Columns, Gpus, Inputs, Json, Patience, Template, among, read_model
+from fluidopt.cli.options import Classes, Columns, Gpus, Inputs, Json, Kind, Patience, Template, read_model
 from fluidopt.cli.output import print_json, print_sentence, print_table, prose, terminal
 from fluidopt.errors import InvalidInput
 
@@ -22,9 +22,7 @@ def engines(
     template: Template = None,
     classes: Classes = None,
     abandonment_rate: Patience = 0.0,
-    policy: Annotated[
-        str | None, typer.Option(help="Kind of policy (default: the plan's own).", autocompletion=among(KINDS))
-    ] = None,
+    policy: Kind = None,
     model: Annotated[str, typer.Option(help="Name of the language model in the commands.")] = "MODEL",
     as_json: Json = False,
 ) -> None:

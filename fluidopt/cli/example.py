@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +33,9 @@ def example(
     }
     for path in written:
         print(f"{path}: {told[path.name]}")
+    print("Next:")
     if directory != Path():
-        print(f"Next:\n  cd {directory}")
-    else:
-        print("Next:")
+        print(f"  cd {shlex.quote(str(directory))}")
     for line in NEXT:
         print(f"  {line}")
 

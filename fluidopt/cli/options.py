@@ -35,6 +35,16 @@ KINDS = (
     "GG-SP",
     "refined",
 )
+PROMISES = (
+    "slot_tpot",
+    "mean_ttft",
+    "mean_tpot",
+    "mean_wait",
+    "abandonment_share",
+    "completion_floor",
+    "prefill_fairness",
+    "decode_fairness",
+)
 
 
 def among(words: Sequence[str]) -> Callable[[str], list[str]]:
@@ -56,6 +66,7 @@ Inputs = Annotated[
     list[Path],
     typer.Argument(metavar="SCENARIO|TRACE...", help="A scenario file (.toml, .json), or one or more trace files."),
 ]
+Traces = Annotated[list[Path], typer.Argument(metavar="TRACE...", help="One or more trace files.")]
 Gpus = Annotated[int | None, typer.Option(help="Number of GPUs in the fleet; a trace needs it.")]
 Columns = Annotated[
     list[str] | None,
@@ -82,6 +93,10 @@ Precision = Annotated[
     typer.Option(help="Instead of a horizon: run until revenue is known to this part of it (0.001: 0.1 %)."),
 ]
 Warmup = Annotated[float | None, typer.Option(help="Seconds not measured (default: chosen by MSER).")]
+Kind = Annotated[
+    str | None,
+    typer.Option("--policy", help="Kind of policy (default: the plan's own).", autocompletion=among(KINDS)),
+]
 Kinds = Annotated[
     list[str] | None,
     typer.Option(
@@ -93,7 +108,13 @@ Kinds = Annotated[
 Replications = Annotated[int, typer.Option(help="Independent replications, at least 2.")]
 Start = Annotated[str, typer.Option(help="empty, or fluid: the plan's equilibrium.", autocompletion=among(STARTS))]
 Figure = Annotated[Path | None, typer.Option(help="Write a figure there (.png, .svg or .pdf).")]
-
+BatchSize = Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")]
+ChunkSize = Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")]
+KvTokens = Annotated[int | None, typer.Option(help="Tokens that the KV cache of a GPU holds (default: any).")]
+Percentile = Annotated[
+    float | None, typer.Option(help="Of a trace's requests, the per cent that must meet both (default: 90).")
+]
+Mean = Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")]
 
 # Of a GPU named on the command line, where nothing else is said: common settings of engines.
 BATCH, CHUNK = 64, 512
@@ -110,19 +131,14 @@ def read_model(
     """The model of a scenario file, or of trace files on that many GPUs."""
     from dataclasses import replace
 
-    from fluidopt.model import FluidModel
-    from fluidopt.scenario import read_scenario
-
-    if len(inputs) == 1 and _is_scenario(inputs[0]):
-        if template is not None or classes is not None or abandonment_rate or column:
-            raise InvalidInput(
-                "--column, --with, --classes and --abandonment-rate go with a trace; the scenario says these itself"
-            )
-        scenario = read_scenario(inputs[0])
-        return FluidModel.from_scenario(_resized(scenario, gpus))
+    stated = scenario_model(inputs, column, gpus, template, classes, abandonment_rate)
+    if stated is not None:
+        return stated
     if gpus is None:
         raise InvalidInput("--gpus is required with a trace: the number of GPUs that share its requests")
+    from fluidopt.model import FluidModel
     from fluidopt.reference import reference_model
+    from fluidopt.scenario import read_scenario
     from fluidopt.traces import read_trace
 
     base = read_scenario(template) if template is not None else reference_model().scenario
@@ -131,6 +147,34 @@ def read_model(
     return FluidModel.from_scenario(
         replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
     )
+
+
+def scenario_model(
+    inputs: list[Path],
+    column: list[str] | None,
+    gpus: int | None,
+    template: Path | None,
+    classes: int | None,
+    abandonment_rate: float,
+) -> FluidModel | None:
+    """The model of a scenario file, beside which options of a trace are refused; None where the inputs are a trace."""
+    if len(inputs) != 1 or not _is_scenario(inputs[0]):
+        return None
+    if template is not None or classes is not None or abandonment_rate or column:
+        raise InvalidInput(
+            "--column, --with, --classes and --abandonment-rate go with a trace; the scenario says these itself"
+        )
+    from fluidopt.model import FluidModel
+    from fluidopt.scenario import read_scenario
+
+    return FluidModel.from_scenario(_resized(read_scenario(inputs[0]), gpus))
+
+
+def share_of_requests(percentile: float | None, mean: bool) -> float | None:
+    """The per cent of the requests that must meet the limits; None where their means must."""
+    if mean and percentile is not None:
+        raise InvalidInput("--percentile and --mean both say what must meet the limits; give one of them")
+    return None if mean else 90.0 if percentile is None else percentile
 
 
 def columns_of(given: list[str] | None) -> dict[str, str] | None:

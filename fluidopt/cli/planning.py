@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluidopt.cli.effort import check_effort
 from fluidopt.cli.options import (
     Classes,
     Columns,
@@ -42,13 +43,9 @@ from fluidopt.cli.output import (
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from fluidopt.model import FluidModel
     from fluidopt.policy import Policy
 
 DEMO_HORIZON = 2000.0
-MOST_GPUS = 1_000_000
-MOST_REQUESTS = 1e10
-"""A simulation of more requests takes more than about an hour on one core."""
 
 
 def demo(
@@ -77,7 +74,7 @@ def demo(
     )
     plan = model.solve()
     policy = plan.policy(gpus=gpus)
-    _check_effort(model, gpus, DEMO_HORIZON, 8)
+    check_effort(gpus, stream.arrival_rate.sum(), DEMO_HORIZON, 8)
     result = policy.simulate(horizon=DEMO_HORIZON, seed=seed)
     write_figure(figure, plan, result)
     if as_json:
@@ -163,7 +160,8 @@ def simulate(
     size = gpus if gpus is not None else model.scenario.gpus
     if size is None:
         raise InvalidInput("--gpus is required: the scenario does not say how many GPUs the fleet has")
-    _check_effort(model, size, horizon if precision is None else 0.0, replications)
+    offered = size * model.workload.arrival_rate.sum()
+    check_effort(size, offered, horizon if precision is None else 0.0, replications)
     solved = model.solve()
     chosen = [solved.policy(gpus=size, kind=kind) for kind in (policy or [None])]  # type: ignore[list-item]
     if len(chosen) > 1:
@@ -185,18 +183,6 @@ def simulate(
     console = terminal()
     show_policy(console, chosen[0])
     show_result(console, result)
-
-
-def _check_effort(model: FluidModel, gpus: int, horizon: float, replications: int) -> None:
-    """Refuse a simulation that would take days or fill the memory: it follows every GPU and every request."""
-    if gpus > MOST_GPUS:
-        raise InvalidInput(f"--gpus must be at most {MOST_GPUS:,} where every GPU is simulated; got {gpus:,}")
-    requests = sum(each.arrival_rate for each in model.workload) * gpus * horizon * replications
-    if MOST_REQUESTS < requests < math.inf:
-        raise InvalidInput(
-            f"--horizon {horizon:g} makes {requests:.3g} requests in {replications} replications, more than "
-            f"{MOST_REQUESTS:g}; take at most {horizon / requests * MOST_REQUESTS:.3g} s"
-        )
 
 
 def _compare(

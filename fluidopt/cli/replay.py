@@ -9,12 +9,16 @@ import typer
 
 from fluidopt.cli.options import (
     KINDS,
+    BatchSize,
+    ChunkSize,
     Classes,
     Columns,
     Json,
+    KvTokens,
     Patience,
     Seed,
     Template,
+    Traces,
     among,
     columns_of,
     gpu_names,
@@ -35,7 +39,7 @@ SHOWN = {"ttft": "TTFT, s", "tpot": "TPOT, s", "e2e": "end to end, s"}
 
 
 def replay(
-    inputs: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="One or more trace files.")],
+    inputs: Traces,
     gpus: Annotated[int, typer.Option(help="Number of GPUs in the fleet.")],
     policy: Annotated[
         list[str] | None,
@@ -51,9 +55,9 @@ def replay(
     ] = None,
     column: Columns = None,
     template: Template = None,
-    batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
-    chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="Tokens that a GPU's KV cache holds (default: any).")] = None,
+    batch_size: BatchSize = None,
+    chunk_size: ChunkSize = None,
+    kv_tokens: KvTokens = None,
     classes: Classes = None,
     abandonment_rate: Patience = 0.0,
     ttft: Annotated[float | None, typer.Option(help="Time to first token to be met, s.")] = None,

@@ -9,47 +9,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluidopt.cli.effort import check_effort
 from fluidopt.cli.options import (
-    KINDS,
-    STARTS,
+    PROMISES,
     Classes,
     Columns,
-    Gpus,
     Horizon,
     Inputs,
     Json,
+    Kind,
+    Mean,
     Patience,
+    Percentile,
     Precision,
     Replications,
     Seed,
     Start,
     Template,
     Warmup,
-    _is_scenario,
-    _resized,
     among,
     columns_of,
+    scenario_model,
+    share_of_requests,
 )
 from fluidopt.cli.output import print_json, print_sentence, prose, terminal
 from fluidopt.errors import InvalidInput
 
 if TYPE_CHECKING:
     from fluidopt.model import FluidModel
-    from fluidopt.scenario import Scenario
-    from fluidopt.traces.trace import Trace
+    from fluidopt.traces import Trace
 
 PAGE = Path("fluidopt-report.html")
-# Said here once more for shells that complete a word, as the policies are in `fluidopt.cli.options`.
-PROMISES = (
-    "slot_tpot",
-    "mean_ttft",
-    "mean_tpot",
-    "mean_wait",
-    "abandonment_share",
-    "completion_floor",
-    "prefill_fairness",
-    "decode_fairness",
-)
 # What does not change the page is not on it.
 UNSAID = ("output", "as_json")
 
@@ -62,24 +52,26 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help=f"Where the page goes (default: {PAGE}; with --json, nowhere)."),
     ] = None,
-    gpus: Gpus = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Number of GPUs in the fleet; a trace needs it, or --ttft and --tpot, by which it is sized."),
+    ] = None,
     template: Template = None,
     classes: Classes = None,
     abandonment_rate: Patience = 0.0,
     ttft: Annotated[float | None, typer.Option(help="Sizing: time to first token at most, s.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Sizing: time per output token at most, s.")] = None,
-    percentile: Annotated[
-        float, typer.Option(help="Sizing, with a trace: per cent of the requests that must meet both.")
-    ] = 90.0,
-    mean: Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")] = False,
+    percentile: Percentile = None,
+    mean: Mean = False,
     promise: Annotated[
         str | None,
         typer.Option(
-            help="Frontier: service level whose bound is varied (default: the scenario's first, or slot_tpot).",
+            help="Frontier: service level whose bound is varied (default: the scenario's first that is no penalty, "
+            "else slot_tpot, or of many classes completion_floor).",
             autocompletion=among(PROMISES),
         ),
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Kind of policy.", autocompletion=among(KINDS))] = None,
+    policy: Kind = None,
     horizon: Horizon = 2000.0,
     precision: Precision = None,
     warmup: Warmup = None,
@@ -99,18 +91,25 @@ def report(
     """
     from fluidopt.reports import Unmade
     from fluidopt.reports import report as make
+    from fluidopt.scenario import read_scenario
+    from fluidopt.traces import read_trace
 
-    if start not in STARTS:
-        raise InvalidInput(f"--start must be empty or fluid; got {start!r}")
     # Where the page goes is checked before what takes time.
     page = PAGE if output is None and not as_json else output
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InvalidInput(f"--output must be a file in a directory that exists; got {str(page)!r}")
-    subject, scenario = _read(inputs, column, gpus, template)
+    share = share_of_requests(percentile, mean)
+    stated = scenario_model(inputs, column, gpus, template, classes, abandonment_rate)
+    if (percentile is not None or mean) and (stated is not None or ttft is None):
+        raise InvalidInput(
+            "--percentile and --mean go with a trace and its --ttft and --tpot; of a scenario these limit the means"
+        )
+    subject = stated if stated is not None else read_trace(inputs, columns=columns_of(column))
+    _check_effort(subject, gpus, horizon if precision is None else 0.0, replications)
     made = make(
         subject,
         gpus=gpus,
-        scenario=scenario,
+        scenario=read_scenario(template) if template is not None else None,
         classes=classes,
         abandonment_rate=abandonment_rate,
         policy=policy,
@@ -123,7 +122,7 @@ def report(
         promise=promise,
         ttft=ttft,
         tpot=tpot,
-        percentile=None if mean else percentile,
+        percentile=share,
         command=command_line(context),
     )
     if as_json:
@@ -143,20 +142,15 @@ def report(
         print(f"warning: {name}: {part.why}", file=sys.stderr)
 
 
-def _read(
-    inputs: list[Path], column: list[str] | None, gpus: int | None, template: Path | None
-) -> tuple[FluidModel | Trace, Scenario | None]:
-    """The model of a scenario file; or the trace of trace files, and what goes with it."""
-    from fluidopt.model import FluidModel
-    from fluidopt.scenario import read_scenario
-    from fluidopt.traces import read_trace
+def _check_effort(subject: FluidModel | Trace, gpus: int | None, horizon: float, replications: int) -> None:
+    """Refuse a simulation that would take days, as far as its fleet is known before the page is made."""
+    from fluidopt.traces import Trace
 
-    if len(inputs) == 1 and _is_scenario(inputs[0]):
-        if template is not None or column:
-            raise InvalidInput("--column and --with go with a trace; the scenario says all of it itself")
-        return FluidModel.from_scenario(_resized(read_scenario(inputs[0]), gpus)), None
-    trace = read_trace(inputs, columns=columns_of(column))
-    return trace, read_scenario(template) if template is not None else None
+    if isinstance(subject, Trace):
+        check_effort(gpus or 1, subject.request_rate, horizon, replications)
+    elif subject.scenario.gpus is not None:
+        size = subject.scenario.gpus
+        check_effort(size, size * subject.workload.arrival_rate.sum(), horizon, replications)
 
 
 def command_line(context: Any) -> str:

@@ -9,16 +9,23 @@ import typer
 
 from fluidopt.cli.options import (
     KINDS,
+    BatchSize,
+    ChunkSize,
     Classes,
     Columns,
     Figure,
     Json,
+    KvTokens,
+    Mean,
+    Percentile,
     Seed,
     Template,
+    Traces,
     among,
     columns_of,
     gpu_names,
     gpu_types,
+    share_of_requests,
 )
 from fluidopt.cli.output import check_figure, print_json, print_sentence, print_table, prose, terminal, writing
 
@@ -39,16 +46,16 @@ Types = Annotated[
 
 
 def size(
-    inputs: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="One or more trace files.")],
+    inputs: Traces,
     ttft: Annotated[float, typer.Option(help="Time to first token at most, s.")],
     tpot: Annotated[float, typer.Option(help="Time per output token at most, s.")],
-    percentile: Annotated[float, typer.Option(help="Per cent of the requests that must meet both.")] = 90.0,
-    mean: Annotated[bool, typer.Option("--mean", help="Instead: the means over the requests must meet them.")] = False,
+    percentile: Percentile = None,
+    mean: Mean = False,
     gpu: Types = None,
     column: Columns = None,
     template: Template = None,
-    batch_size: Annotated[int | None, typer.Option(help="Requests that a GPU batches at most.")] = None,
-    chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens of an iteration.")] = None,
+    batch_size: BatchSize = None,
+    chunk_size: ChunkSize = None,
     policy: Annotated[
         str,
         typer.Option(
@@ -57,9 +64,7 @@ def size(
     ] = "engine",
     interval: Annotated[float, typer.Option(help="Length of the table's intervals, s.")] = 300.0,
     classes: Classes = None,
-    kv_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the KV cache of a GPU holds (default: any).")
-    ] = None,
+    kv_tokens: KvTokens = None,
     max_gpus: Annotated[int | None, typer.Option(help="The most GPUs that are tried.")] = None,
     seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option(help="Write the intervals there.")] = None,
@@ -77,13 +82,14 @@ def size(
 
     # What may be written is checked before what takes time.
     check_figure(figure)
+    share = share_of_requests(percentile, mean)
     types, prices = gpu_types(gpu, template, batch_size, chunk_size)
     found = size_trace(
         read_trace(inputs, columns=columns_of(column)),
         types,
         ttft=ttft,
         tpot=tpot,
-        percentile=None if mean else percentile,
+        percentile=share,
         policy=policy,
         classes=classes,
         interval=interval,

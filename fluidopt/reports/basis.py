@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fluidopt.model import FluidModel
+    from fluidopt.scenario import Scenario
     from fluidopt.traces.trace import Trace
 
 # A scenario of more classes is too long to be printed on its page.
@@ -114,7 +116,5 @@ def method(report: Report) -> Section:
     )
 
 
-def _as_file(scenario: Any) -> str:
-    import json
-
+def _as_file(scenario: Scenario) -> str:
     return json.dumps(scenario.to_dict(), indent=1, ensure_ascii=False)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from fluidopt.model import FluidModel
     from fluidopt.reports.making import Report
 
-LENGTHS = ("prompt_mean", "prompt_p95", "output_mean", "output_p95")
-
 
 def inputs(report: Report) -> Section:
     """Classes, GPU types, modes, prices and promises."""

@@ -85,7 +85,8 @@ class Settings:
 
     gpus: int | None
     policy: str | None
-    horizon: float
+    horizon: float | None
+    """None where the precision says how long."""
     precision: float | None
     warmup: float | None
     replications: int
@@ -159,9 +160,11 @@ class Report:
     @property
     def title(self) -> str:
         """What the report is about, in one line."""
+        from fluidopt.reports.summary import counted
+
         classes, gpus = len(self.model.workload), self.settings.gpus
         whom = f"{classes} class{'es' if classes != 1 else ''} of requests"
-        return f"Serving plan for {whom}" + (f" on {gpus} GPU{'s' if gpus != 1 else ''}" if gpus else "")
+        return f"Serving plan for {whom}" + (f" on {counted(gpus)}" if gpus else "")
 
     @property
     def unmade(self) -> dict[str, Unmade]:
@@ -267,7 +270,7 @@ def report(
     settings = Settings(
         gpus=gpus,
         policy=policy,
-        horizon=horizon,
+        horizon=horizon if precision is None else None,
         precision=precision,
         warmup=warmup,
         replications=replications,
@@ -429,7 +432,7 @@ def _policy(plan: Plan, settings: Settings) -> Policy:
 
 def _simulated(policy: Policy, settings: Settings) -> SimulationResult:
     return policy.simulate(
-        horizon=None if settings.precision is not None else settings.horizon,
+        horizon=settings.horizon,
         precision=settings.precision,
         warmup=settings.warmup,
         replications=settings.replications,

@@ -60,7 +60,7 @@ def _drawn(height: float) -> tuple[Figure, Axes]:
     axis.patch.set_visible(False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["bottom", "left"]].set_color(INK)
-    axis.tick_params(labelsize=8, colors=INK)
+    axis.tick_params(which="both", labelsize=8, colors=INK)
     return figure, axis
 
 
@@ -213,6 +213,8 @@ def trace_dispersion(trace: Trace) -> Picture:
 
 def trace_lengths(trace: Trace) -> list[Picture]:
     """Prompt and output tokens beside the exponential law, from `fluidopt.traces.figure`."""
+    from matplotlib.ticker import MaxNLocator
+
     from fluidopt.traces.figure import _BINS, _lengths
     from fluidopt.traces.lengths import exponential_bins
 
@@ -220,6 +222,7 @@ def trace_lengths(trace: Trace) -> list[Picture]:
     for name, tokens in (("prompt", trace.prompt_tokens), ("output", trace.output_tokens)):
         figure, axis = _drawn(SQUARE)
         _lengths(axis, trace, name, {})
+        axis.xaxis.set_major_locator(MaxNLocator(5))  # numbers of five digits need the room
         edges, shares, law = exponential_bins(tokens, bins=_BINS)
         spots = [
             Spot(

@@ -10,7 +10,7 @@ from typing import Any
 
 from fluidopt.serving.state import Fleet, State
 from fluidopt.simulation.choices import NOBODY
-from fluidopt.simulation.kernel import compiled
+from fluidopt.simulation.compilation import compiled
 
 
 @compiled

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fluidopt.curves import CurveGrid
-from fluidopt.simulation.choices import record
-from fluidopt.simulation.kernel import compiled
+from fluidopt.simulation.compilation import compiled, record
 from fluidopt.simulation.system import FloatArray
 
 FOREVER = 1 << 40

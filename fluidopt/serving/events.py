@@ -25,7 +25,7 @@ from fluidopt.serving.batch import blocks_of, left_of, preempt, preempt_newest, 
 from fluidopt.serving.clock import FOREVER, Curves, endurance, growth, walk
 from fluidopt.serving.state import GATE, GAVE_UP, LEAST_REQUESTS, ROUND_ROBIN, Fleet, State
 from fluidopt.simulation.choices import NOBODY, best_line, line_of, link, list_gpu, next_decode, route, sift, unlink
-from fluidopt.simulation.kernel import compiled
+from fluidopt.simulation.compilation import compiled, compiled_apart
 
 DONE, PAUSED = 0, 1  # why advance returned
 
@@ -474,7 +474,7 @@ def _arrive(fleet: Fleet, state: State, curves: Curves, rng: np.random.Generator
     _enqueue(fleet, state, curves, g, r, now)
 
 
-@compiled
+@compiled_apart
 def advance(fleet: Fleet, state: State, curves: Curves, rng: np.random.Generator, most: int) -> int:
     """Run until nothing happens any more, or for ``most`` events."""
     scalars = state.scalars[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fluidopt.simulation.choices import record
+from fluidopt.simulation.compilation import record
 from fluidopt.simulation.system import FloatArray, IntArray
 
 GATE, ROUND_ROBIN, LEAST_REQUESTS = 0, 1, 2  # who sends requests to GPUs

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fluidopt.errors import InvalidInput
 from fluidopt.inputs import NonNegative, Positive, input_type
-from fluidopt.simulation.kernel import compiled
+from fluidopt.simulation.compilation import compiled_apart
 from fluidopt.simulation.system import FloatArray, IntArray, System
 
 BLOCK = 8192
@@ -43,7 +43,7 @@ class Poisson:
         return times, classes
 
 
-@compiled
+@compiled_apart
 def _fill(
     times: FloatArray,
     classes: IntArray,

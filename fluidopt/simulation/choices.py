@@ -16,15 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fluidopt.simulation.kernel import compiled
+from fluidopt.simulation.compilation import compiled
 from fluidopt.simulation.system import FloatArray, IntArray
 
 NOBODY = -1
-
-
-def record(**columns: str) -> np.dtype[np.void]:
-    """A record type: names of columns, by their kind."""
-    return np.dtype([(name, kind) for kind, names in columns.items() for name in names.split()], align=True)
 
 
 @compiled

@@ -27,12 +27,11 @@ from fluidopt.simulation.choices import (
     link,
     list_gpu,
     next_decode,
-    record,
     route,
     sift,
     unlink,
 )
-from fluidopt.simulation.kernel import AnyArray, compiled
+from fluidopt.simulation.compilation import AnyArray, compiled, compiled_apart, record
 from fluidopt.simulation.system import FloatArray, IntArray
 
 REACHED, NO_ARRIVALS, FULL = 0, 1, 2  # why advance returned
@@ -333,7 +332,7 @@ def _end_on_gpu(fleet: Fleet, state: State, rng: np.random.Generator, g: int, no
     _fill_slots(fleet, state, rng, g, now)
 
 
-@compiled
+@compiled_apart
 def advance(fleet: Fleet, state: State, requests: Requests, rng: np.random.Generator, until: float) -> int:
     """Run to time `until`, or until arrivals or room for waiting requests run out."""
     scalars = state.scalars[0]

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from fluidopt.policy.dispatch import Decision, StartDecode, StartPrefill
-from fluidopt.simulation.kernel import (
+from fluidopt.simulation.run import Run
+from fluidopt.simulation.state import (
     ABANDONS,
     ARRIVES,
     DECODE_ENDS,
@@ -21,7 +22,6 @@ from fluidopt.simulation.kernel import (
     PREFILL_ENDS,
     PREFILL_STARTS,
 )
-from fluidopt.simulation.run import Run
 from fluidopt.simulation.system import Start, System
 
 _EVENTS: dict[int, Literal["arrive", "prefill_done", "decode_done", "abandon"]] = {

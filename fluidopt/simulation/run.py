@@ -7,24 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fluidopt.simulation.arrivals import Arrivals, Poisson
-from fluidopt.simulation.kernel import (
-    BINS,
+from fluidopt.simulation.compilation import AnyArray
+from fluidopt.simulation.kernel import EXHAUSTED, NO_ARRIVALS, REACHED, advance, load
+from fluidopt.simulation.state import (
     BUCKET,
     CHOICE,
     CLASS,
     COUNTERS,
     ENTRANT,
-    EXHAUSTED,
     FLEET,
     GPU,
     LINE,
     LOG,
     MARGIN,
     MEMBER,
-    NO_ARRIVALS,
     NONE,
     PLACE,
-    REACHED,
     REQUEST,
     ROLE,
     ROLE_TALLY,
@@ -34,11 +32,8 @@ from fluidopt.simulation.kernel import (
     STARTS,
     TALLY,
     WAITING,
-    AnyArray,
     State,
     Tables,
-    advance,
-    load,
 )
 from fluidopt.simulation.system import (
     FEWEST_DECODES,
@@ -51,6 +46,7 @@ from fluidopt.simulation.system import (
     Trajectory,
     reject,
 )
+from fluidopt.simulation.waits import BINS
 
 WAITING_LIMIT = 20_000_000
 """Default cap on requests waiting at once; a waiting request takes 24 bytes, so the default is 0.5 GB."""
@@ -413,7 +409,7 @@ class Run:
             self.state = _make_room(self.state, 0, 0, self.max_waiting)
 
     def logged(self) -> AnyArray:
-        """The rows of the log (`fluidopt.simulation.kernel.LOG`), from time 0 on; needs ``log=True``."""
+        """The rows of the log (`fluidopt.simulation.state.LOG`), from time 0 on; needs ``log=True``."""
         assert self.state.log is not None
         return self.state.log[: int(self.state.scalars["logged"][0])]
 

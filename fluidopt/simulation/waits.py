@@ -1,11 +1,19 @@
-"""From counts of waits by length to percentiles of the wait and of the time to first token."""
+"""Waits counted by length, and from the counts to percentiles of the wait and of the time to first token."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fluidopt.simulation.kernel import BINS, FIRST_OCTAVE, FRACTION_BITS
+from fluidopt.simulation.compilation import compiled
+from fluidopt.simulation.state import State
 from fluidopt.simulation.system import FloatArray, IntArray
+
+# Waits are counted in bins, 2**FRACTION_BITS of equal width to an octave, the first at FIRST_OCTAVE: bin k of them is
+# the float's leading bits, bin 0 what is below. A wait of exactly 0 is not counted: it is a start without a wait.
+FRACTION_BITS, FIRST_OCTAVE, OCTAVES = 3, -13, 33
+BINS = (OCTAVES << FRACTION_BITS) + 1
+_SHIFT = 52 - FRACTION_BITS
+_BASE = ((1023 + FIRST_OCTAVE) << FRACTION_BITS) - 1
 
 _step = np.arange(BINS)
 EDGES = np.concatenate(
@@ -15,6 +23,15 @@ EDGES = np.concatenate(
     ]
 )
 """(BINS + 1,) edges of the bins, s: eight to an octave from 0.1 ms to 12 days; longer waits count in the last."""
+
+
+@compiled
+def time_wait(state: State, wait: float, index: int) -> None:
+    """Count a wait under `index`, role * I + class before prefill, R * I more before decode."""
+    if wait > 0.0:
+        state.number[0] = wait
+        k = min(max((state.bits[0] >> _SHIFT) - _BASE, 0), BINS - 1)
+        state.waits[index * BINS + k] += 1
 
 
 def wait_quantiles(waits: IntArray, at_once: IntArray, levels: tuple[float, ...]) -> FloatArray:

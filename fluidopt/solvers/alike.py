@@ -86,6 +86,15 @@ def coefficients(lowering: Lowering, family: RowFamily, block: Block, count: int
     return dense.reshape(count, members, columns)
 
 
+def put_right_side(lowering: Lowering, family: RowFamily, block: Block, lower: Array, upper: Array) -> None:
+    """Evaluate the right side of one family of rows anew, into row bounds of shape (..., rows)."""
+    rows, right = block.numbers[block.numbers >= 0], lowering.right_side(family, block)
+    if family.sense != "<=":
+        lower[..., rows] = right
+    if family.sense != ">=":
+        upper[..., rows] = right
+
+
 def solved_with_basis(
     program: LinearProgram, options: SolverOptions, tolerance: float
 ) -> tuple[Solution, Basis | None]:

@@ -18,7 +18,7 @@ from scipy import sparse
 from fluidopt.algebra import Parameter, RowFamily, SymbolicProgram
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
-from fluidopt.solvers.alike import solved_with_basis
+from fluidopt.solvers.alike import put_right_side, solved_with_basis
 from fluidopt.solvers.bases import EXACT, Basis, suits
 from fluidopt.solvers.certificate import Solution, SolverOptions
 from fluidopt.solvers.moved import MovedCertifier, together
@@ -114,11 +114,7 @@ class ProgramsAlong:
         if self._moving_sides:
             self._change(at)
         for family, block in self._moving_sides:
-            rows, right = block.numbers[block.numbers >= 0], self._lowering.right_side(family, block)
-            if family.sense != "<=":
-                lower[:, rows] = right
-            if family.sense != ">=":
-                upper[:, rows] = right
+            put_right_side(self._lowering, family, block, lower, upper)
         return lower, upper
 
     def _derivative(self, bound: Bound) -> list[RowFamily]:
@@ -152,6 +148,10 @@ class ProgramsAlong:
     def _moved(self, at: Array) -> Array:
         """The rows of the matrix that move, at ``at``: shape (N, moving rows, columns)."""
         return self._matrix[self._moving] + np.tensordot(at, self._slopes, axes=1)
+
+    def _certifier(self, at: Array) -> MovedCertifier:
+        """Certificates of the programs at ``at``, shape (N, K)."""
+        return MovedCertifier(self._start, self._matrix, self._moving, self._moved(at))
 
     def program(self, at: Array) -> LinearProgram:
         """The program at one point, shape (K,)."""
@@ -234,10 +234,9 @@ class ProgramsAlong:
 
         def fits(shares: Array) -> NDArray[np.bool_]:
             at = start + shares[:, None] * (end - start)
-            certifier = MovedCertifier(self._start, self._matrix, self._moving, self._moved(at))
             lower, upper = self._sides(at)
             many, none = np.tile(values, (len(at), 1)), np.zeros(lower.shape)
-            primal: Array = certifier.figures(lower, upper, np.zeros(many.shape), many, none)[0]
+            primal: Array = self._certifier(at).figures(lower, upper, np.zeros(many.shape), many, none)[0]
             return primal <= EXACT
 
         return _sections(fits, fine)
@@ -386,8 +385,7 @@ class _Batch:
             values, duals = pivot.solution(at, lower, upper, self.values.shape[1])
         except np.linalg.LinAlgError:
             return np.zeros(len(places), dtype=bool)
-        certifier = MovedCertifier(programs.columns, programs._matrix, programs._moving, programs._moved(at))
-        fits, objective = suits(certifier.figures(lower, upper, cost, values, duals))
+        fits, objective = suits(programs._certifier(at).figures(lower, upper, cost, values, duals))
         taken = places[fits]
         self.values[taken], self.duals[taken], self.objective[taken] = values[fits], duals[fits], objective[fits]
         self.basis[taken], self.done[taken] = number, True

@@ -15,18 +15,23 @@ from fluidopt.program import Array, LinearProgram
 EXACT = 1e-11
 
 
+def members(basis: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """What HiGHS ended with: the columns in the basis, the tight rows, and which of these on their lower side."""
+    basic, at_lower = highspy.HighsBasisStatus.kBasic, highspy.HighsBasisStatus.kLower
+    rows = list(basis.row_status)
+    columns = np.flatnonzero([status == basic for status in basis.col_status])
+    tight = np.flatnonzero([status != basic for status in rows])
+    return columns, tight, np.array([rows[row] == at_lower for row in tight], dtype=bool)
+
+
 class Basis:
     """A basis of a small program: the columns in it, the rows that are tight, and the inverse of where they meet."""
 
     def __init__(self, program: LinearProgram, basis: Any) -> None:
         """Take the basis that HiGHS ended with; raises `numpy.linalg.LinAlgError` where it is singular in doubles."""
-        basic, at_lower = highspy.HighsBasisStatus.kBasic, highspy.HighsBasisStatus.kLower
-        states = list(basis.row_status)
-        self.columns = np.flatnonzero([status == basic for status in basis.col_status])
-        self.tight = np.flatnonzero([status != basic for status in states])
+        self.columns, self.tight, self.at_lower = members(basis)
         if len(self.columns) != len(self.tight):
             raise np.linalg.LinAlgError("not a basis")
-        self.at_lower = np.array([states[row] == at_lower for row in self.tight], dtype=bool)
         self.inverse: Array = np.linalg.inv(program.matrix[:, self.columns][self.tight].toarray())
 
     def solution(self, lower: Array, upper: Array, cost: Array) -> tuple[Array, Array]:

@@ -1,22 +1,20 @@
 """Concave objectives over the model's linear rows: fairness utilities, costs that grow faster than linearly.
 
 The objective's template becomes a small graph of vectorised parts (`Part`): linear ones, combinations of others, one
-curved function each, minima and maxima. From the same graph come the cvxpy expression, whose composition rules (DCP)
-say whether it is concave, its value, and its tangent, which makes the certificate: a linear function that is nowhere
-below a concave objective bounds it by a linear program.
+curved function each, minima and maxima. From the same graph come the cvxpy expression (`concave_cvxpy`), whose
+composition rules (DCP) say whether it is concave, its value, and its tangent, which makes the certificate: a linear
+function that is nowhere below a concave objective bounds it by a linear program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
-import lazy_loader
 import numpy as np
 import sympy
-from numpy.typing import NDArray
 from scipy import sparse
 
 from fluidopt.algebra import SymbolicProgram
@@ -28,6 +26,9 @@ from fluidopt.solvers.graph import Affine, Combination, Curve, Extreme, Graph, P
 from fluidopt.solvers.scaling import Scaling, scale
 from fluidopt.tables import shorten
 
+if TYPE_CHECKING:
+    from fluidopt.solvers.concave_cvxpy import Expressions
+
 TOLERANCE = 1e-6
 # Runs until the certificate holds: on the curves themselves (False), or on their quadratic models at the best point so
 # far (True).
@@ -38,9 +39,6 @@ NEAREST_TO_ZERO = 1e-14
 # Stands for a bound on a column where the rows imply none.
 BEYOND = 1e100
 _OPPOSITE = {"concave": "convex", "convex": "concave"}
-
-Indices = NDArray[np.int64]
-cp: Any = lazy_loader.load("cvxpy")  # loaded on use: telling linear from concave needs nothing of it
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,11 @@ class _Concave:
         self.require_concave()
 
     @cached_property
-    def plain(self) -> _Expressions:
+    def plain(self) -> Expressions:
         """The objective's parts as cvxpy expressions in the model's own units, for its composition rules."""
-        return _Expressions(self.order, cp.Variable(self.rows.shape[1], nonneg=True), {}, None)
+        from fluidopt.solvers.concave_cvxpy import plain
+
+        return plain(self.order, self.rows.shape[1])
 
     @cached_property
     def curvatures(self) -> dict[Part, str]:
@@ -481,7 +481,7 @@ class _Concave:
 
         With ``sharpen``, curves are replaced by their quadratic models there.
         """
-        from fluidopt.solvers.convex import Rows, run
+        from fluidopt.solvers.concave_cvxpy import maximize
 
         found = self.values(near)
         tangent = self.tangent(near, {})
@@ -490,92 +490,9 @@ class _Concave:
         size = float(np.abs(tangent.gradient) @ usual) + tangent.terms
         money = size if np.isfinite(size) and size > 0 else 1.0
         units = {part: _unit(part, found[part.argument], near) for part in self.order if isinstance(part, Curve)}
-        x = cp.Variable(scaled.shape[1], nonneg=True)
-        rows = Rows(scaled, x)
-        own = cp.multiply(scaling.columns * scaling.amount, x)
         with np.errstate(all="ignore"):
-            built = _Expressions(self.order, own, units, [], {part: found[part.argument] for part in units if sharpen})
-            problem = cp.Problem(
-                cp.Maximize(cp.sum(built.of[self.root]) / money), [*rows.constraints, *built.constraints]
-            )
-        run(problem, x, options)
-        values = scaling.values(np.maximum(x.value, 0.0))
-        return values, scaling.duals(rows.duals()) / scaling.amount * money, built.weights()
-
-
-class _Expressions:
-    """The cvxpy expression of every part.
-
-    Args:
-        order: the parts, inner ones first.
-        x: the columns.
-        units: for a `Curve`, the size of its argument (what is subtracted from it, for exp), shape (N,).
-        constraints: None for minima and maxima as cvxpy has them; a list to which the rows that define them are
-            added, whose duals then are the weights of their parts.
-        around: for each `Curve` that is replaced by its quadratic model, its argument there, shape (N,).
-    """
-
-    def __init__(
-        self,
-        order: Sequence[Part],
-        x: Any,
-        units: Mapping[Curve, Array],
-        constraints: list[Any] | None,
-        around: Mapping[Curve, Array] | None = None,
-    ) -> None:
-        self.around = around or {}
-        self.of: dict[Part, Any] = {}
-        self.constraints: list[Any] = [] if constraints is None else constraints
-        self.limits: dict[Part, list[Any]] = {}
-        for part in order:
-            match part:
-                case Affine():
-                    self.of[part] = part.matrix @ x + part.constant
-                case Combination():
-                    self.of[part] = sum(matrix @ self.of[inner] for matrix, inner in part.terms)
-                case Curve():
-                    self.of[part] = self.curve(part, units.get(part))
-                case Extreme():
-                    inner = [self.of[each] for each in part.parts]
-                    if constraints is None:
-                        self.of[part] = (cp.maximum if part.largest else cp.minimum)(*inner)
-                        continue
-                    level = cp.Variable(part.members.size)
-                    self.limits[part] = [each <= level if part.largest else level <= each for each in inner]
-                    self.constraints += self.limits[part]
-                    self.of[part] = level
-
-    def curve(self, part: Curve, unit: Array | None) -> Any:
-        inner = self.of[part.argument]
-        if part in self.around:
-            return self.model(part, inner, self.around[part])
-        if isinstance(part.source, sympy.exp):
-            return cp.exp(inner) if unit is None else cp.multiply(np.exp(unit), cp.exp(inner - unit))
-        if part.exponent is None:
-            return cp.log(inner) if unit is None else cp.log(cp.multiply(1 / unit, inner)) + np.log(unit)
-        exponent = int(part.exponent) if part.exponent == int(part.exponent) else part.exponent
-        if unit is None:
-            return cp.power(inner, exponent, approx=False)
-        return cp.multiply(unit**exponent, cp.power(cp.multiply(1 / unit, inner), exponent, approx=False))
-
-    def model(self, part: Curve, inner: Any, at: Array) -> Any:
-        """Value, slope and, where the argument is linear, curvature at a point."""
-        at = _positive(part, at)
-        value, slope, bend = (np.broadcast_to(function(at), at.shape) for function in part.functions)
-        unit = np.where(at == 0, 1.0, np.abs(at))
-        step = cp.multiply(1 / unit, inner) - at / unit
-        model = value + cp.multiply(slope * unit, step)
-        return model + cp.multiply(bend / 2 * unit**2, cp.square(step)) if inner.is_affine() else model
-
-    def weights(self) -> dict[Part, Array]:
-        """Weights of the parts of minima and maxima, shape (parts, N), from the duals of the rows that define them."""
-        found = {}
-        for part, limits in self.limits.items():
-            duals = np.stack([np.maximum(np.atleast_1d(limit.dual_value), 0.0) for limit in limits])
-            total = duals.sum(axis=0)
-            # Without a price the part does not matter at the optimum, and any weights bound it.
-            found[part] = np.where(total > 0, duals / np.where(total > 0, total, 1.0), 1.0 / len(limits))
-        return found
+            around = {part: _positive(part, found[part.argument]) for part in units if sharpen}
+        return maximize(self.order, scaled, scaling, options, money=money, units=units, around=around)
 
 
 def _unit(part: Curve, inside: Array, near: Array) -> Array:

@@ -1,6 +1,7 @@
 """A concave objective as a small graph of vectorised parts: linear ones, combinations, curves, minima and maxima.
 
-Nothing here solves or certifies; `fluidopt.solvers.concave` reads values, tangents and cvxpy expressions off the graph.
+Nothing here solves or certifies: `fluidopt.solvers.concave` reads values and tangents off the graph, `concave_cvxpy`
+its cvxpy expressions.
 """
 
 from __future__ import annotations

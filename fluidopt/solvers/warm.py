@@ -16,7 +16,7 @@ from sympy import Expr
 from fluidopt.errors import FluidoptError, InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, Block, LinearProgram, Lowering
 from fluidopt.solvers import checked, held, highs
-from fluidopt.solvers.alike import MOST_STACKED, Alike, Optima, coefficients
+from fluidopt.solvers.alike import MOST_STACKED, Alike, Optima, coefficients, put_right_side
 from fluidopt.solvers.bases import EXACT, Basis
 from fluidopt.solvers.certificate import DENSE, Certificate, Certifier, Solution, SolverOptions
 from fluidopt.solvers.scaling import scale
@@ -119,7 +119,7 @@ class Solver:
     def __init__(self, model: FluidModel, *, options: SolverOptions | None = None) -> None:
         if not hasattr(model, "symbolic"):
             raise InvalidInput(f"Solver: model must be a FluidModel; got {model!r}")
-        if any(added.cut is not None for added in model._additions):
+        if model.has_convex_penalty:
             raise InvalidInput("Solver: a convex penalty (slot_tpot with penalty) is not linear; use FluidModel.solve")
         self._options = checked(options)
         self._tolerance = self._options.tolerance or 1e-7
@@ -315,11 +315,7 @@ class Solver:
             for at, (row, block) in enumerate(zip(lowering.program.constraints, program.rows, strict=True)):
                 rows = block.numbers[block.numbers >= 0]
                 if parts.right_sides.get(at, frozenset()) & changed.keys():
-                    right = lowering.right_side(row, block)
-                    if row.sense != "<=":
-                        lower[:, rows] = right
-                    if row.sense != ">=":
-                        upper[:, rows] = right
+                    put_right_side(lowering, row, block, lower, upper)
                 if parts.coefficients[at] & changed.keys() and len(rows):
                     moving.append(rows)
                     moved.append(coefficients(lowering, row, block, count, program.shape[1]))
@@ -414,12 +410,7 @@ class Solver:
         program = self._held()
         lower, upper = program.row_lower.copy(), program.row_upper.copy()
         for at in families:
-            row, block = self._lowering.program.constraints[at], program.rows[at]
-            rows, right = self._rows[at], self._lowering.right_side(row, block)
-            if row.sense != "<=":
-                lower[rows] = right
-            if row.sense != ">=":
-                upper[rows] = right
+            put_right_side(self._lowering, self._lowering.program.constraints[at], program.rows[at], lower, upper)
         self._program = replace(program, row_lower=lower, row_upper=upper)
         self._moved_rows.update(families)
 

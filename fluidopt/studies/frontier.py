@@ -18,10 +18,10 @@ from fluidopt.model import FluidModel
 from fluidopt.program import Array, Lowering
 from fluidopt.scenario import Scenario
 from fluidopt.service_levels import ServiceLevel, names_of
-from fluidopt.solvers.along import UNCERTIFIED, Bound, ProgramsAlong
+from fluidopt.solvers.along import NO_PLAN, UNCERTIFIED, Bound, ProgramsAlong
 from fluidopt.studies.frontier_ends import FINE, SAME, Ends, loosens
+from fluidopt.studies.quiet import built_quietly
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
-from fluidopt.studies.sweep_model import built_quietly
 from fluidopt.tables import number, shorten, text
 from fluidopt.views import amount_bar, card, html, paragraph, sketch
 
@@ -332,12 +332,12 @@ def _promised(model: FluidModel, levels: Sequence[Any]) -> tuple[FluidModel, lis
 
 
 def _bound(model: FluidModel, parameter: ModelParameter) -> Bound:
-    """Where a service level's bound stands in the program."""
+    """Where a service level's bound stands in the program: by itself, or in a parameter that is defined by it."""
     (symbol,) = parameter.numbers(parameter.value)
-    program = in_symbols(model)[0]
-    behind = {f"at_most_{parameter.name[6:-1]}": f"bound_{parameter.name[6:-1]}"}
-    enters = behind.get(symbol, symbol)
-    return Bound(symbol, next(each for each in program.parameters if each.name == enters))
+    parameters = in_symbols(model)[0].parameters
+    given = next(each for each in parameters if each.name == symbol)
+    defined = (each for each in parameters if each.definition is not None and each.definition.has(given.symbol))
+    return Bound(symbol, next(defined, given))
 
 
 def _ranges(bounds: Any, parameters: Sequence[ModelParameter], scenario: Scenario) -> list[tuple[float, float] | None]:
@@ -373,8 +373,8 @@ def _spots(at: Array, solved: Solved, *, turns: bool = False) -> list[_Spot]:
     """The points that have a plan; of ``turns`` only the first and last of each run with one basis."""
     chosen = np.flatnonzero(solved.basis >= 0)
     if turns:
-        change = np.diff(solved.basis[chosen]) != 0
-        chosen = chosen[np.append(True, change) | np.append(change, True)]
+        runs = solved.basis[chosen]
+        chosen = chosen[(np.diff(runs, prepend=NO_PLAN) != 0) | (np.diff(runs, append=NO_PLAN) != 0)]
     columns = (at[chosen], solved.objective[chosen], solved.prices[chosen, 0], solved.basis[chosen])
     return [_Spot(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
@@ -384,12 +384,9 @@ class _Curve:
 
     def __init__(self, programs: ProgramsAlong, linear: bool) -> None:
         self.programs, self.linear = programs, linear
-        self.left, self.missed = MOST_SPLITS, 0
-
-    @property
-    def gave_up(self) -> bool:
+        self.left = MOST_SPLITS
+        self.gave_up = False
         """Whether a point that was asked for could not be had."""
-        return self.missed > 0
 
     def __call__(self, at: float) -> _Spot | None:
         """A point; None where it has no certified plan, or nothing more may be asked."""
@@ -397,7 +394,7 @@ class _Curve:
         if self.left > 0:
             self.left -= 1
             found = _spots(np.array([at]), self.programs.solve(np.array([[at]])))
-        self.missed += not found
+        self.gave_up |= not found
         return found[0] if found else None
 
     def with_basis(self, basis: int, at: float) -> _Spot | None:

@@ -107,7 +107,8 @@ def _map(figure: Figure, axis: Axes, frontier: Frontier) -> None:
     revenue = frontier.revenue_rate.T
     axis.set_facecolor("#ffffff")
     axis.fill_between(across, up[0], up[-1], facecolor="#ffffff", edgecolor=LIGHT, hatch=HATCH, linewidth=0)
-    if np.nanmax(revenue) - np.nanmin(revenue) > 1e-9 * abs(np.nanmax(revenue)):
+    earned = revenue[np.isfinite(revenue)]
+    if earned.size and np.ptp(earned) > 1e-9 * np.abs(earned).max():
         filled = axis.contourf(across, up, revenue, levels=CONTOURS, cmap="Greys_r")
         lines = axis.contour(across, up, revenue, levels=filled.levels, colors=INK, linewidths=0.4)
         for label in axis.clabel(lines, fontsize=7, fmt="%g"):

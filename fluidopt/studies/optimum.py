@@ -6,8 +6,7 @@ without a partition, in which any GPU may prefill: it can do whatever a rule can
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
@@ -33,6 +32,7 @@ from fluidopt.scenario import Scenario
 from fluidopt.simulation.experiment import checked_seed
 from fluidopt.simulation.fleet import fleet_system
 from fluidopt.simulation.system import IntArray
+from fluidopt.studies.work import in_order, progress
 from fluidopt.tables import text
 from fluidopt.views import amount_bar, card, figures, html, paragraph
 from fluidopt.workload import TokenPrices, WorkloadClass
@@ -428,20 +428,9 @@ def optimum_study(
         _instance, decode_queue_cap=decode_queue_cap, starts=starts, cap_tolerance=cap_tolerance, max_states=max_states
     )
     drawn = [ranges.draw(stream) for stream in np.random.SeedSequence(seed).spawn(int(instances))]
-    jobs = [] if executor is None else [executor.submit(solve, *each) for each in drawn]
-    found = (job.result() for job in jobs) if jobs else (solve(*each) for each in drawn)
-    try:
-        return OptimumStudy(fleets=tuple(_progress(found, total=len(drawn))), seed=seed, ranges=ranges)
-    finally:
-        for job in jobs:
-            job.cancel()
-
-
-def _progress(found: Iterator[OptimumGap], *, total: int) -> Iterator[OptimumGap]:
-    """A bar on stderr, only where a person watches."""
-    from tqdm import tqdm
-
-    yield from tqdm(found, total=total, desc="instances", file=sys.stderr, disable=None, leave=False)
+    found = in_order(solve, *zip(*drawn, strict=True), executor=executor)
+    fleets = tuple(progress(found, total=len(drawn), what="instances"))
+    return OptimumStudy(fleets=fleets, seed=seed, ranges=ranges)
 
 
 def _instance(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import KW_ONLY, asdict, dataclass, replace
@@ -14,15 +13,15 @@ import numpy as np
 from scipy import stats
 
 from fluidopt.contention import GPU, IterationTime
-from fluidopt.errors import ContentionWarning, InvalidInput
+from fluidopt.errors import InvalidInput
 from fluidopt.inputs import MOST, Positive, PositiveInt, dump, input_type, is_whole, parse
-from fluidopt.model import FluidModel
 from fluidopt.policy.rules import Policy
 from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.simulation.compare import compare_policies
 from fluidopt.simulation.experiment import checked_seed, checked_window
 from fluidopt.simulation.statistics import LEVEL, Estimate
+from fluidopt.studies.quiet import built_quietly
 from fluidopt.studies.work import Checkpoint, progress, run_jobs
 from fluidopt.tables import shorten, text
 from fluidopt.views import amount_bar, card, cautions, figures, html, paragraph, whisker
@@ -473,10 +472,8 @@ def _job(
 ) -> dict[str, Any]:
     """The arguments of `compare_instance`, JSON-able."""
     scenario = study.ranges.draw(instance)
-    with warnings.catch_warnings():
-        # the paper's ranges are what they are; `InstanceOutcome.decode_bound_holds` says what lapses
-        warnings.simplefilter("ignore", ContentionWarning)
-        plan = FluidModel.from_scenario(scenario).solve()
+    # The paper's ranges are what they are; `InstanceOutcome.decode_bound_holds` says what lapses.
+    plan = built_quietly(scenario).solve()
     policies = {kind: plan.policy(gpus=study.gpus, kind=kind) for kind in study.kinds}
     return {
         "number": number,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from fluidopt.studies.sweep_model import (
     optimal_revenue,
 )
 from fluidopt.studies.sweep_store import Outcome, Store
+from fluidopt.studies.work import progress
 from fluidopt.tables import shorten
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def sweep(
         what went wrong at a point, empty where nothing did. ``attrs["failed"]`` counts these.
 
     Raises:
-        InvalidInput: an argument is out of range, a parameter is not known or cannot have one of the values, or the
-            checkpoint is of another sweep.
+        InvalidInput: an argument is out of range, a parameter is not known or cannot have one of the values, two
+            parameters move the same number, or the checkpoint is of another sweep.
     """
     points = _Points.of(over, design)
     task, own_units = _task(subject, measure, points)
@@ -106,7 +106,9 @@ def sweep(
         for start in range(0, points.count, size)
         if any(at not in done for at in range(start, min(start + size, points.count)))
     ]
-    for numbers, outcomes, final in _progress(_run(task, points, open_blocks, executor), open_blocks):
+    found = _run(task, points, open_blocks, executor)
+    total = sum(map(len, open_blocks))
+    for numbers, outcomes, final in progress(found, total=total, what="points", size=lambda each: len(each[0])):
         done.update(zip(numbers, outcomes, strict=True))
         if store is not None and final:
             store.add(numbers.start, outcomes, all_units)
@@ -244,7 +246,7 @@ def _task(
         units = {each.name: each.unit for each in vary.parameters}
         if measure is None:
             # A convex penalty needs tangents of its own at every point.
-            warm = is_linear(subject.symbolic) and not any(added.cut for added in subject._additions)
+            warm = is_linear(subject.symbolic) and not subject.has_convex_penalty
             units[REVENUE] = "money/s per GPU"
             return (Resolve(scenario) if warm else _Measure(scenario, optimal_revenue)), units
         if not callable(measure):
@@ -304,13 +306,14 @@ def _run(
         raise InvalidInput(f"sweep: executor must be a concurrent.futures.Executor or a Dask client; got {executor!r}")
     if isinstance(pool, ProcessPoolExecutor):
         _check_pickles(task)
-    futures = {pool.submit(task, points.part(numbers)): numbers for numbers in blocks}
+    futures = {_submitted(pool, task, points.part(numbers)): numbers for numbers in blocks}
     try:
         for future in as_completed(futures):
             numbers = futures[future]
             try:
                 outcomes, final = future.result(), True
-            except Exception as error:  # the executor's own: what the function raises comes as an outcome
+            # The executor's own, of any kind that it may have: what the function raises comes as an outcome.
+            except Exception as error:
                 outcomes, final = [f"lost by the executor: {type(error).__name__}: {error}"] * len(numbers), False
             yield numbers, outcomes, final
     finally:
@@ -318,27 +321,24 @@ def _run(
             future.cancel()
 
 
+def _submitted(pool: Executor, task: _Task, columns: Columns) -> Future[list[Outcome]]:
+    """The future of a block; one that has failed where the pool broke before it took this block."""
+    try:
+        return pool.submit(task, columns)
+    except BrokenExecutor as error:
+        refused = Future[list[Outcome]]()
+        refused.set_exception(error)
+        return refused
+
+
 def _check_pickles(task: _Task) -> None:
     try:
         pickle.dumps(task)
-    except Exception as error:
+    except Exception as error:  # an object's own code may run here, and raise what it likes
         raise InvalidInput(
             f"sweep: {task.title} cannot be sent to another process ({error}); define the function at the top level "
             "of a module, or use threads or a Dask client"
         ) from None
-
-
-def _progress(
-    results: Iterator[tuple[range, list[Outcome], bool]], blocks: Sequence[range]
-) -> Iterator[tuple[range, list[Outcome], bool]]:
-    """A bar on stderr, only where a person watches."""
-    from tqdm import tqdm
-
-    total = sum(len(numbers) for numbers in blocks)
-    with tqdm(total=total, desc="points", file=sys.stderr, disable=None, leave=False) as bar:
-        for each in results:
-            yield each
-            bar.update(len(each[0]))
 
 
 def _dataset(points: _Points, outcomes: Sequence[Outcome], units: Mapping[str, str], title: str) -> xr.Dataset:

@@ -7,7 +7,6 @@ what is wanted is a function of the model, a validated scenario is built at ever
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidopt.errors import ContentionWarning
 from fluidopt.formulation import formulation
 from fluidopt.model import FluidModel
 from fluidopt.plan import Plan
@@ -23,7 +21,8 @@ from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.service_levels import MeanTTFT
 from fluidopt.solvers.warm import Solver
-from fluidopt.studies.sensitivity.parameters import ModelParameter, find_parameters
+from fluidopt.studies.quiet import built_quietly
+from fluidopt.studies.sensitivity.parameters import ModelParameter, check_apart, find_parameters
 from fluidopt.studies.sweep_store import Outcome
 
 # Points of a model that are solved together, at most.
@@ -42,18 +41,11 @@ def each_point(columns: Columns) -> Iterator[Point]:
         yield dict(zip(columns, values, strict=True))
 
 
-def built_quietly(scenario: Scenario) -> FluidModel:
-    """The model, without the warning of a curve that its owner has had, and that a sweep may cross on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ContentionWarning)
-        return FluidModel.from_scenario(scenario)
-
-
 def guarded(work: Callable[[Point], Outcome], point: Point) -> Outcome:
     """What ``work`` gives at a point, or its error in words."""
     try:
         return work(point)
-    except Exception as error:
+    except Exception as error:  # whatever a user's function raises, it may not cost the other points
         return in_words(error)
 
 
@@ -86,8 +78,9 @@ class Variants:
         """Whether the parameters can have these values; what a scenario accepts is a range, so its ends are asked.
 
         Raises:
-            InvalidInput: where one cannot.
+            InvalidInput: where one cannot, or two are the same number.
         """
+        check_apart(self.parameters, "sweep")
         for parameter in self.parameters:
             values = np.unique(columns[parameter.name]).tolist()
             numbers = [parameter.check(value, "sweep") for value in values]
@@ -114,11 +107,11 @@ class Variants:
                 continue
             (symbol,) = parameter.numbers(parameter.value)
             array = found.setdefault(symbol, _repeated(present[symbol], count))
-            if not parameter.members:
+            if parameter.members:
+                members = list(parameter.members)
+                array[:, members] = column[:, None] * (present[symbol][members] if parameter.factor else 1.0)
+            else:
                 array[:] = column.reshape(count, *(1,) * (array.ndim - 1))
-            for at in parameter.members:
-                value = getattr(self.base.scenario.classes[at], parameter.field)
-                array[:, at] = value * column if parameter.factor else column
         for at, parameters in gpus.items():
             for symbol in ("C", "b", "tau"):
                 found.setdefault(symbol, _repeated(present[symbol], count))

@@ -33,11 +33,21 @@ def run_jobs(
             future.cancel()
 
 
-def progress(results: Iterable[Result], *, total: int, what: str) -> Iterator[Result]:
-    """The results, with a bar on stderr where a person watches."""
+def in_order(function: Callable[..., Result], *arguments: Iterable[Any], executor: Executor | None) -> Iterator[Result]:
+    """As `map`, here or on an executor: results in the order of their arguments."""
+    return map(function, *arguments) if executor is None else executor.map(function, *arguments)
+
+
+def progress(
+    results: Iterable[Result], *, total: int, what: str, size: Callable[[Result], int] = lambda _: 1
+) -> Iterator[Result]:
+    """The results, with a bar on stderr where a person watches; a result counts for its ``size`` of the ``total``."""
     from tqdm import tqdm
 
-    yield from tqdm(results, total=total, desc=what, file=sys.stderr, disable=None, leave=False)
+    with tqdm(total=total, desc=what, file=sys.stderr, disable=None, leave=False) as bar:
+        for each in results:
+            yield each
+            bar.update(size(each))
 
 
 @dataclass(frozen=True)

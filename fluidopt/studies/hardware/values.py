@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from fluidopt.contention import GPU
-from fluidopt.errors import ContentionWarning, InfeasibleModel, InvalidInput, SolverFailure
+from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.model import FluidModel
 from fluidopt.program import Array
 from fluidopt.solvers.knapsack import CapacityProblem, StructuredSolution, applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
 from fluidopt.solvers.warm import Resolved, Solver
+from fluidopt.studies.quiet import built_quietly
 
 # Relative gap between what a plan earns and what its prices say that none can exceed.
 GAP = 1e-7
@@ -69,9 +69,7 @@ def with_gpu(model: FluidModel, gpu: GPU, *, at: int = 0) -> FluidModel:
     """``model`` with ``gpu`` in place of its type number ``at``; no warning about curves, which studies report."""
     types = list(model.gpu_types)
     types[at] = replace(gpu, share=types[at].share)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ContentionWarning)
-        return FluidModel.from_scenario(replace(model.scenario, gpu=tuple(types)))
+    return built_quietly(replace(model.scenario, gpu=tuple(types)))
 
 
 def gpu_number(model: FluidModel, name: str | None, caller: str) -> int:

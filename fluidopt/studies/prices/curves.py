@@ -10,7 +10,6 @@ on, and `fluidopt.studies.prices.search` searches it all, with a bound.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fluidopt.errors import ContentionWarning, InvalidInput
+from fluidopt.errors import InvalidInput
 from fluidopt.inputs import is_number
 from fluidopt.model import FluidModel
 from fluidopt.plan import Plan
@@ -29,6 +28,7 @@ from fluidopt.solvers.knapsack import applies, solve_capacity
 from fluidopt.solvers.structured import capacity_problem
 from fluidopt.solvers.warm import Solver
 from fluidopt.studies.hardware.values import check_revenue, price_bound
+from fluidopt.studies.quiet import built_quietly
 from fluidopt.tables import number, text
 from fluidopt.views import amount_bar, card, figures, html, paragraph, sketch
 from fluidopt.workload import TokenPrices
@@ -92,9 +92,7 @@ def with_prices(
             replace(each, arrival_rate=rate) for each, rate in zip(model.workload, rates.tolist(), strict=True)
         )
         scenario = replace(scenario, classes=classes, rates="per_gpu")
-    with warnings.catch_warnings():  # the model itself has warned, where its curve is not physical
-        warnings.simplefilter("ignore", ContentionWarning)
-        return FluidModel.from_scenario(scenario)
+    return built_quietly(scenario)
 
 
 # ---- what one model earns at many prices ----------------------------------------------------------------------------
@@ -222,7 +220,7 @@ def price_curve(
     """R* over all prices of a budget, exactly, for the demand as it is ([L26] section 6.3, figure 10(b)).
 
     Every solve gives a straight line that touches the curve from below. Where two neighbours meet, either the curve has
-    its kink, or another solve there gives a new line between them: 2M + 1 solves for M pieces.
+    its kink, or another solve there gives a new line between them: about 2M solves for M pieces, and one for each plan.
 
     Args:
         model: the model; its prices are replaced, its service levels stay. Penalties are money and do not move with

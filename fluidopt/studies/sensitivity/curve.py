@@ -15,7 +15,6 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-import highspy
 import numpy as np
 from numpy.polynomial import Chebyshev
 from numpy.typing import ArrayLike
@@ -26,6 +25,7 @@ from fluidopt.algebra import SymbolicProgram
 from fluidopt.errors import InfeasibleModel, InvalidInput, SolverFailure
 from fluidopt.program import Array, LinearProgram, Lowering, Numbers
 from fluidopt.solvers import Solution, certify, held, highs
+from fluidopt.solvers.bases import members
 from fluidopt.solvers.scaling import scale
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
 from fluidopt.studies.sensitivity.tangent import tangent
@@ -304,14 +304,7 @@ class _Branch:
 
     @classmethod
     def of(cls, basis: Any) -> _Branch:
-        basic, at_lower = highspy.HighsBasisStatus.kBasic, highspy.HighsBasisStatus.kLower
-        rows = list(basis.row_status)
-        tight = [row for row, status in enumerate(rows) if status != basic]
-        return cls(
-            np.flatnonzero([status == basic for status in basis.col_status]),
-            np.array(tight, dtype=int),
-            np.array([rows[row] == at_lower for row in tight], dtype=bool),
-        )
+        return cls(*members(basis))
 
     def value(self, program: LinearProgram) -> float:
         """What the basis is worth in a program; NaN where it is none there."""

@@ -279,6 +279,20 @@ def find_parameters(model: FluidModel, names: Sequence[str] | str, caller: str) 
     return [known[name] for name in chosen]
 
 
+def check_apart(parameters: Sequence[ModelParameter], caller: str) -> None:
+    """Whether each moves numbers of its own, so that all can move at once.
+
+    Raises:
+        InvalidInput: two move the same number, as a factor on all classes and the field of one do.
+    """
+    moved: dict[tuple[str, int], str] = {}
+    for parameter in parameters:
+        for at in parameter.members:
+            other = moved.setdefault((parameter.field, at), parameter.name)
+            if other != parameter.name:
+                raise InvalidInput(f"{caller}: {other} and {parameter.name} move the same number; leave one out")
+
+
 def _of_classes(model: FluidModel) -> Iterator[ModelParameter]:
     classes = model.scenario.classes
     if len(classes) > 1:
@@ -378,7 +392,7 @@ def checked_model(model: FluidModel, caller: str) -> FluidModel:
     """
     if not hasattr(model, "symbolic") or not hasattr(model, "scenario"):
         raise InvalidInput(f"{caller}: model must be a FluidModel; got {model!r}")
-    if not is_linear(model.symbolic) or any(added.cut is not None for added in model._additions):
+    if not is_linear(model.symbolic) or model.has_convex_penalty:
         raise InvalidInput(
             f"{caller}: the model has a concave objective or a convex penalty, and only linear programs have bases and "
             "shadow prices that are followed here; use a hard bound, or global_sensitivity with a response of your own"

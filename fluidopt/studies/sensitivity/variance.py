@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fluidopt.errors import ContentionWarning, InfeasibleModel, InvalidInput
+from fluidopt.errors import InfeasibleModel, InvalidInput
 from fluidopt.inputs import is_whole
 from fluidopt.model import FluidModel
 from fluidopt.program import Array
 from fluidopt.scenario import Scenario
 from fluidopt.simulation.experiment import checked_seed
 from fluidopt.solvers.warm import Solver
-from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters
+from fluidopt.studies.sensitivity.parameters import ModelParameter, check_apart, checked_model, find_parameters
+from fluidopt.studies.sweep_model import Variants
+from fluidopt.studies.work import in_order
 from fluidopt.tables import number, text
 from fluidopt.views import card, figures, html, paragraph, whisker
 
@@ -179,8 +182,8 @@ def global_sensitivity(
         executor: where models are solved, in blocks of 128; default here.
 
     Raises:
-        InvalidInput: an argument is out of range, two ranges move the same number, or a model at some point of the
-            ranges has no plan (the point is named).
+        InvalidInput: an argument is out of range, two ranges move the same number, the response is no number, or a
+            model at some point of the ranges has no plan (the point is named).
         SolverFailure: no certified answer.
     """
     caller = "global_sensitivity"
@@ -232,12 +235,7 @@ def _checked_ranges(
         if not ends[0] < ends[1]:
             raise InvalidInput(f"{caller}: the range of {parameter.name} must have low below high; got {(low, high)}")
         checked.append((parameter, *ends))
-    moved: dict[tuple[str, int], str] = {}
-    for parameter, _, _ in checked:
-        for at in parameter.members:
-            other = moved.setdefault((parameter.field, at), parameter.name)
-            if other != parameter.name:
-                raise InvalidInput(f"{caller}: {other} and {parameter.name} move the same number; leave one out")
+    check_apart([parameter for parameter, _, _ in checked], caller)
     return checked
 
 
@@ -291,10 +289,9 @@ def _design(
 def _evaluated(
     model: FluidModel, names: Sequence[str], points: Array, response: Response | None, executor: Executor | None
 ) -> Array:
-    scenario = model.to_dict()
     blocks = [points[start : start + BLOCK].tolist() for start in range(0, len(points), BLOCK)]
-    jobs = [{"scenario": scenario, "names": list(names), "points": block, "response": response} for block in blocks]
-    values = np.array([value for found in _run(jobs, executor) for value in found])
+    work = partial(evaluate_points, scenario=model.to_dict(), names=list(names), response=response)
+    values = np.array(list(chain.from_iterable(in_order(work, blocks, executor=executor))))
     if not np.isfinite(values).all():
         at = int(np.argmin(np.isfinite(values)))
         place = ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, points[at], strict=True))
@@ -305,53 +302,33 @@ def _evaluated(
     return values
 
 
-def _run(jobs: Sequence[dict[str, Any]], executor: Executor | None) -> Iterator[list[float]]:
-    if executor is None:
-        for job in jobs:
-            yield evaluate_points(**job)
-        return
-    futures = [executor.submit(evaluate_points, **job) for job in jobs]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
 def evaluate_points(
-    *, scenario: Mapping[str, Any], names: Sequence[str], points: Sequence[Sequence[float]], response: Response | None
+    points: Sequence[Sequence[float]], *, scenario: Mapping[str, Any], names: Sequence[str], response: Response | None
 ) -> list[float]:
     """A response at some points; a pure function, for any executor. NaN where there is no plan.
 
     Args:
+        points: values of the parameters that move, one list per point.
         scenario: `FluidModel.to_dict`.
-        names: of the parameters that move.
-        points: their values, one list per point.
+        names: of the parameters.
         response: a function of the model; None for R*.
     """
-    with warnings.catch_warnings():
-        # the ranges are what they are; one warning per point would say nothing
-        warnings.simplefilter("ignore", ContentionWarning)
-        model = FluidModel.from_dict(scenario)
-        parameters = find_parameters(model, names, "evaluate_points")
-        models = (FluidModel.from_scenario(_moved(model.scenario, parameters, point)) for point in points)
-        if response is None:
-            return _optima(model, [each.numbers().values for each in models])
-        return [_value(response, each) for each in models]
+    vary = Variants.of(Scenario.from_dict(scenario), names)
+    models = (vary(dict(zip(names, point, strict=True))) for point in points)
+    if response is None:
+        return _optima(vary.base, [each.numbers().values for each in models])
+    return [_value(response, each) for each in models]
 
 
 def _value(response: Response, model: FluidModel) -> float:
     try:
-        return float(response(model))
+        value = response(model)
     except InfeasibleModel:
         return math.nan
-
-
-def _moved(scenario: Scenario, parameters: Sequence[ModelParameter], point: Sequence[float]) -> Scenario:
-    for parameter, value in zip(parameters, point, strict=True):
-        scenario = parameter.moved(scenario, value)
-    return scenario
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"global_sensitivity: response must return a number; got {value!r}") from None
 
 
 def _optima(model: FluidModel, numbers: Sequence[Mapping[str, Array]]) -> list[float]:

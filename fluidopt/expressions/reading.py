@@ -1,9 +1,7 @@
-"""Rows and objectives as text in the model's symbols: ``q_p[i] <= 2*lambda[i]``, ``sum(log(sum(mu_d[i, k]*y[i, k],
-k)), i)``.
+"""From text to expressions.
 
-Text comes from files, so it is never evaluated: it is cut into the few tokens that are admitted, arranged by Python's
-own grammar (`ast`), and each node of the tree is either one of those listed here or refused with its place. The way
-back, `write_expression`, returns text only where reading it gives the same expression.
+Text is cut into the few tokens that are admitted, arranged by Python's own grammar (`ast`), and each node of the tree
+is either one of those listed here or refused with its place.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -23,31 +19,25 @@ from sympy import Expr, Indexed, Integer, Rational, Sum, Symbol
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
-from fluidopt.algebra import IndexSet, Variable, base_of, relation_parts
+from fluidopt.algebra import Variable, base_of
 from fluidopt.errors import InvalidInput
-from fluidopt.formulation import CLASSES, MODES, PARAMETERS, TYPES, Family, Symbols
-from fluidopt.tables import shorten
+from fluidopt.expressions.vocabulary import (
+    ADMITTED,
+    FUNCTIONS,
+    LARGEST_EXPONENT,
+    MOST_ARGUMENTS,
+    MOST_BITS,
+    MOST_BITS_UNDER_ROOT,
+    MOST_CHARACTERS,
+    MOST_DEPTH,
+    MOST_TOKENS,
+    SMALLEST,
+    Vocabulary,
+    bits,
+    is_plain,
+)
+from fluidopt.formulation import Family, Symbols
 
-# Limits that no row a person writes comes near, and below which nothing here takes longer than about a second.
-MOST_CHARACTERS = 20_000
-MOST_TOKENS = 2_000
-MOST_DEPTH = 40
-MOST_ARGUMENTS = 20
-LARGEST_EXPONENT = 100
-MOST_BITS = 1_024
-SMALLEST = 1e-300
-MOST_BITS_UNDER_ROOT = 64
-
-_INDICES: Mapping[str, IndexSet] = {index.symbol.name: index for index in (CLASSES, MODES, TYPES)}
-_SCALARS: Mapping[str, Symbol] = {each.name: each.symbol for each in PARAMETERS if not each.over}
-_FUNCTIONS: Mapping[str, Any] = {
-    "exp": sympy.exp,
-    "log": sympy.log,
-    "sqrt": sympy.sqrt,
-    "min": sympy.Min,
-    "max": sympy.Max,
-    "abs": sympy.Abs,
-}
 _ONE_ARGUMENT: Mapping[str, Callable[[float], float]] = {
     "exp": math.exp,
     "log": math.log,
@@ -56,14 +46,6 @@ _ONE_ARGUMENT: Mapping[str, Callable[[float], float]] = {
 }
 _RELATIONS: Mapping[type[ast.cmpop], Any] = {ast.LtE: sympy.Le, ast.GtE: sympy.Ge, ast.Eq: sympy.Eq}
 _CONDITIONS: Mapping[type[ast.cmpop], Any] = {**_RELATIONS, ast.Lt: sympy.Lt, ast.Gt: sympy.Gt, ast.NotEq: sympy.Ne}
-_SIGNS: Mapping[type[Relational], str] = {
-    sympy.Le: "<=",
-    sympy.Ge: ">=",
-    sympy.Eq: "==",
-    sympy.Lt: "<",
-    sympy.Gt: ">",
-    sympy.Ne: "!=",
-}
 # What an expression may be made of; `Exp1` is exp(1).
 _KINDS = (sympy.Add, sympy.Mul, sympy.Pow, Sum, Indexed, Symbol, sympy.exp, sympy.log, sympy.Abs, sympy.Max, sympy.Min)
 
@@ -78,6 +60,18 @@ _TOKEN = re.compile(
 # Python reads `lambda` as a keyword. The tree is built from text in which it is written like this, which is as long and
 # which no text can contain itself: it is not among the known names.
 _LAMBDA = "LAMBDA"
+_CHARACTERS = "allowed are numbers, names, labels in quotes and + - * / ** ( ) [ ] , <= >= =="
+_WORDS: Mapping[type[ast.AST], str] = {
+    ast.Compare: "a comparison",
+    ast.Tuple: "a list of expressions",
+    ast.List: "a list in square brackets",
+    ast.Constant: "a number",
+    ast.BinOp: "an expression",
+    ast.UnaryOp: "an expression",
+    ast.Call: "a function's value",
+    ast.Subscript: "a member",
+    ast.Starred: "a starred argument",
+}
 
 
 def parse_expression(text: str, symbols: Symbols) -> Expr:
@@ -121,61 +115,9 @@ def parse_condition(text: str, symbols: Symbols) -> Boolean:
     variables = sorted({str(base_of(member)) for member in members} & {str(base) for base in reader.variables})
     if variables:
         raise InvalidInput(f"{_brief(text)} is a condition on parameters, but {variables[0]} is a variable")
-    if not any(isinstance(member, Indexed) or member in _SCALARS.values() for member in members):
+    if not any(isinstance(member, Indexed) or member in reader.vocabulary.scalars.values() for member in members):
         raise InvalidInput(f"{_brief(text)} holds no parameter, so it selects nothing; {reader.allowed_names}")
     return condition
-
-
-def write_expression(expression: Expr, symbols: Symbols) -> str:
-    """Write an expression as text that `parse_expression` reads back as the same expression.
-
-    Raises:
-        InvalidInput: where there is no such text (symbols of other models, functions that are not admitted).
-    """
-    text = _Writer(symbols).write(sympy.sympify(expression), 0)
-    return _faithful(text, expression, partial(parse_expression, symbols=symbols))
-
-
-def write_relation(relation: Relational, symbols: Symbols) -> str:
-    """Write a row as text that `parse_relation` reads back as the same row.
-
-    Raises:
-        InvalidInput: as `write_expression`, and where ``relation`` is not a row.
-    """
-    relation_parts(relation)
-    return _faithful(_related(relation, symbols), relation, partial(parse_relation, symbols=symbols))
-
-
-def write_condition(condition: Boolean, symbols: Symbols) -> str:
-    """Write a condition on parameters as text that `parse_condition` reads back as the same condition.
-
-    Raises:
-        InvalidInput: as `write_expression`, and where ``condition`` is not a single comparison.
-    """
-    if type(condition) not in _SIGNS:
-        raise InvalidInput(f"a condition with a text form is a single comparison such as theta[i] > 0; got {condition}")
-    return _faithful(_related(condition, symbols), condition, partial(parse_condition, symbols=symbols))
-
-
-# ---- from text --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The names that text may use, and what they stand for."""
-
-    families: Mapping[str, Family]
-    indices: Mapping[str, IndexSet]
-    scalars: Mapping[str, Symbol]
-
-    @classmethod
-    def of(cls, symbols: Symbols) -> _Vocabulary:
-        families = {each.quantity.name: each for each in vars(symbols).values() if isinstance(each, Family)}
-        return cls(families, _INDICES, _SCALARS)
-
-    @property
-    def words(self) -> list[str]:
-        return [*self.families, *self.scalars, *self.indices, "lambda_", "sum", "over", *_FUNCTIONS]
 
 
 class _Reader:
@@ -185,7 +127,7 @@ class _Reader:
         if not isinstance(text, str):
             raise InvalidInput(f"expected text such as 'q_p[i] <= 2*lambda[i]'; got {_brief(text)}")
         self.text = text
-        self.vocabulary = _Vocabulary.of(symbols)
+        self.vocabulary = Vocabulary.of(symbols)
         self.labels: dict[int, str] = {}
         self.variables = frozenset(
             each.quantity.symbol for each in self.vocabulary.families.values() if isinstance(each.quantity, Variable)
@@ -269,7 +211,7 @@ class _Reader:
             raise self.refusal(
                 column,
                 f"found the name {_brief(word)}",
-                f"{hint}{self.allowed_names}; functions are sum, {', '.join(_FUNCTIONS)}",
+                f"{hint}{self.allowed_names}; functions are sum, {', '.join(FUNCTIONS)}",
             )
 
     def label(self, word: str, column: int) -> str:
@@ -333,7 +275,7 @@ class _Reader:
                 return self.member(node)
             case ast.Call():
                 return self.call(node, deeper)
-        raise self.refusal(node, f"found {self.described(node)}", _EXPRESSIONS)
+        raise self.refusal(node, f"found {self.described(node)}", ADMITTED)
 
     def power(self, base: Expr, exponent: Expr, node: ast.AST) -> Expr:
         if not exponent.is_Number:
@@ -343,7 +285,7 @@ class _Reader:
             raise self.refusal(node, f"found the exponent {shown}", f"it is at most {LARGEST_EXPONENT} in size")
         if not base.free_symbols:
             self.finite(lambda: _value(base) ** float(exponent), f"{base}**{exponent}", node)
-        if not exponent.is_Integer and any(_bits(number) > MOST_BITS_UNDER_ROOT for number in base.atoms(Rational)):
+        if not exponent.is_Integer and any(bits(number) > MOST_BITS_UNDER_ROOT for number in base.atoms(Rational)):
             raise self.refusal(
                 node, f"found the root of a number of more than {MOST_BITS_UNDER_ROOT} bits", "write a decimal"
             )
@@ -361,7 +303,7 @@ class _Reader:
                 node, f"found the index {name} as a number", f"it stands in subscripts and in sum(..., {name})"
             )
         if name not in self.vocabulary.scalars:
-            raise self.refusal(node, f"found {name!r} without arguments", f"it is a function; {_EXPRESSIONS}")
+            raise self.refusal(node, f"found {name!r} without arguments", f"it is a function; {ADMITTED}")
         return self.vocabulary.scalars[name]
 
     def family(self, name: str) -> Family | None:
@@ -390,9 +332,9 @@ class _Reader:
         name = node.func.id if isinstance(node.func, ast.Name) else None
         if name == "sum":
             return self.sum(node, depth)
-        if name is None or name not in _FUNCTIONS:
+        if name is None or name not in FUNCTIONS:
             raise self.refusal(
-                node, f"found a call of {self.described(node.func)}", f"functions are sum, {', '.join(_FUNCTIONS)}"
+                node, f"found a call of {self.described(node.func)}", f"functions are sum, {', '.join(FUNCTIONS)}"
             )
         if node.keywords:
             raise self.refusal(node, f"found {node.keywords[0].arg!r} given by name", f"{name} takes plain arguments")
@@ -406,7 +348,7 @@ class _Reader:
         if name == "sqrt":
             return self.power(arguments[0], Rational(1, 2), node)
         try:
-            made = _FUNCTIONS[name](*arguments)
+            made = FUNCTIONS[name](*arguments)
         except (TypeError, ValueError):  # of sympy, where arguments cannot be compared
             raise self.refusal(
                 node, f"found {name} of something without an order", "every value must be real"
@@ -440,7 +382,7 @@ class _Reader:
     def checked(self, expression: Expr, node: ast.AST) -> Expr:
         for atom in expression.atoms():
             if atom.is_Number and not atom.is_Symbol:
-                if not self.is_plain(atom):
+                if not is_plain(atom):
                     raise self.refusal(
                         node, "found a number too large, too small or too long", "keep sizes within 1e-300 and 1e300"
                     )
@@ -449,15 +391,6 @@ class _Reader:
                     node, "found a division by 0 or a root of a negative number", "every value must be real"
                 )
         return expression
-
-    @staticmethod
-    def is_plain(number: Expr) -> bool:
-        if number.is_Rational and _bits(number) > MOST_BITS:
-            return False
-        try:
-            return number == 0 or SMALLEST <= abs(float(number)) < math.inf
-        except OverflowError:
-            return False
 
     def finite(self, value: Callable[[], Any], shown: str, node: ast.AST) -> None:
         """Refuse what has no finite real value, before sympy is asked to make it."""
@@ -480,21 +413,6 @@ class _Reader:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
             return "the operator //"
         return _WORDS.get(type(node), "something else")
-
-
-_CHARACTERS = "allowed are numbers, names, labels in quotes and + - * / ** ( ) [ ] , <= >= =="
-_EXPRESSIONS = "allowed are numbers, + - * / **, the model's symbols, sum(..., k), exp, log, sqrt, min, max, abs"
-_WORDS: Mapping[type[ast.AST], str] = {
-    ast.Compare: "a comparison",
-    ast.Tuple: "a list of expressions",
-    ast.List: "a list in square brackets",
-    ast.Constant: "a number",
-    ast.BinOp: "an expression",
-    ast.UnaryOp: "an expression",
-    ast.Call: "a function's value",
-    ast.Subscript: "a member",
-    ast.Starred: "a starred argument",
-}
 
 
 def _terms(node: ast.AST) -> Iterator[tuple[ast.AST, int]]:
@@ -536,10 +454,6 @@ def _parts(expression: sympy.Basic) -> Iterator[sympy.Basic]:
             yield from _parts(part)
 
 
-def _bits(number: Expr) -> int:
-    return int(number.p).bit_length() + int(number.q).bit_length()
-
-
 def _value(expression: Expr) -> float:
     """The value of a constant expression in floating point."""
     if expression.is_Number:
@@ -578,108 +492,3 @@ def _brief(value: object, column: int = 1, most: int = 120) -> str:
         return repr(value)
     start = max(0, min(column - most // 2, len(value) - most))
     return ("..." if start else "") + repr(value[start : start + most]) + ("..." if start + most < len(value) else "")
-
-
-# ---- to text ----------------------------------------------------------------------------------------------------
-
-_SUM, _PRODUCT, _POWER = 1, 2, 3
-
-
-class _Writer:
-    """Writes expressions with as few brackets as Python's precedence asks for."""
-
-    def __init__(self, symbols: Symbols) -> None:
-        self.families = {each.quantity.symbol: each for each in _Vocabulary.of(symbols).families.values()}
-
-    def write(self, expression: Expr, level: int) -> str:
-        """The expression as text, in brackets where its outermost operator binds less than ``level``."""
-        text, binding = self.written(expression)
-        return text if binding >= level else f"({text})"
-
-    def written(self, expression: Expr) -> tuple[str, int]:
-        """The expression as text, and how strongly its outermost operator binds."""
-        match expression:
-            case sympy.Add():
-                first, *others = (self.write(term, _PRODUCT) for term in expression.args)
-                return first + "".join(f" - {each[1:]}" if each[0] == "-" else f" + {each}" for each in others), _SUM
-            case sympy.Mul():
-                return self.product(expression.args), _PRODUCT
-            case sympy.Number():
-                return self.number(expression)
-            case sympy.Pow(args=(base, exponent)):
-                return self.power(base, exponent)
-            case Sum(function=function, limits=limits):
-                text = self.write(function, 0)
-                for symbol, *bounds in limits:
-                    index = _INDICES.get(str(symbol))
-                    if index is None or bounds != [1, index.size]:
-                        raise InvalidInput(f"{expression} does not run over a whole set, so it has no text form")
-                    text = f"sum({text}, {symbol})"
-                return text, _POWER + 1
-            case Indexed():
-                return self.member(expression), _POWER + 1
-            case Symbol() if expression in _SCALARS.values():
-                return expression.name, _POWER + 1
-            case sympy.E:
-                return "exp(1)", _POWER + 1
-        for name, function in _FUNCTIONS.items():
-            if name != "sqrt" and isinstance(expression, function):
-                return f"{name}({', '.join(sorted(self.write(part, 0) for part in expression.args))})", _POWER + 1
-        raise InvalidInput(f"{expression} has no text form: {_EXPRESSIONS}")
-
-    def number(self, number: Expr) -> tuple[str, int]:
-        if not _Reader.is_plain(number):
-            raise InvalidInput(
-                f"{number} is not a number that a text form can hold; keep sizes within 1e-300 and 1e300"
-            )
-        text = str(number) if number.is_Rational else repr(float(number))
-        return text, _POWER + 1 if text[0] != "-" and "/" not in text else _PRODUCT
-
-    def product(self, factors: Sequence[Expr]) -> str:
-        """Division by one factor at a time: brackets around several would let sympy multiply them out."""
-        sign, above, below = "", list[str](), list[str]()
-        for factor in factors:
-            if factor.is_Number:
-                text, _ = self.number(abs(factor))
-                sign = "-" if factor.is_negative else ""
-                top, _, bottom = text.partition("/")
-                above += [top] if top != "1" else []
-                below += [bottom] if bottom else []
-            elif isinstance(factor, sympy.Pow) and factor.exp.is_Number and factor.exp.is_negative:
-                below.append(self.write(factor.base**-factor.exp, _POWER))
-            else:
-                above.append(self.write(factor, _POWER))
-        return sign + "/".join(["*".join(above) or "1", *below])
-
-    def power(self, base: Expr, exponent: Expr) -> tuple[str, int]:
-        if not exponent.is_Number:
-            raise InvalidInput(f"{base**exponent} has no text form: an exponent is a number")
-        if exponent.is_negative:
-            return self.product([base**exponent]), _PRODUCT
-        if exponent == Rational(1, 2):
-            return f"sqrt({self.write(base, 0)})", _POWER + 1
-        return f"{self.write(base, _POWER + 1)}**{self.write(exponent, _POWER + 1)}", _POWER
-
-    def member(self, member: Indexed) -> str:
-        family = self.families.get(member.base)
-        if family is None:
-            names = shorten([str(base) for base in self.families], most=20)
-            raise InvalidInput(f"{member} is not a symbol that text can use; they are {names}")
-        keys = [
-            json.dumps(family._labels[index.name][int(key)], ensure_ascii=False) if key.is_Integer else str(key)
-            for key, index in zip(member.indices, family.quantity.over, strict=True)
-        ]
-        return f"{family.quantity.name}[{', '.join(keys)}]"
-
-
-def _related(relation: Relational, symbols: Symbols) -> str:
-    write = _Writer(symbols).write
-    return f"{write(relation.lhs, 0)} {_SIGNS[type(relation)]} {write(relation.rhs, 0)}"
-
-
-def _faithful(text: str, original: sympy.Basic, read: Callable[[str], sympy.Basic]) -> str:
-    """The text, once reading it has given back the original."""
-    found = read(text)
-    if found != original:
-        raise InvalidInput(f"{original} has no text form: {text!r} would be read as {found}")
-    return text
