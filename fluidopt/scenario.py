@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import KW_ONLY, fields
+from dataclasses import KW_ONLY, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,6 +86,10 @@ class Scenario:
         """The classes with arrival rates per GPU."""
         workload = Workload(self.classes, source=self.source)
         return workload if self.rates == "per_gpu" or self.gpus is None else workload.per_gpu(self.gpus)
+
+    def with_workload(self, workload: Workload, *, gpus: int | None = None) -> Scenario:
+        """The same GPU types, prices and promises for other classes, whose rates are per GPU."""
+        return replace(self, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
 
     def to_dict(self) -> dict[str, Any]:
         """The scenario as JSON-able data; `Scenario.from_dict` reads it back."""

@@ -1,10 +1,10 @@
-"""How tables look as text for a terminal: numbers to four significant digits, missing as a dash."""
+"""How tables look as text for a terminal: numbers to four significant digits, missing as a dash; and as JSON."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +31,17 @@ def number(value: Any) -> str:
         return f"{value:.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{value:.0f}"
     mantissa, exponent = f"{value:.3e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def jsonable(value: Any) -> Any:
+    """A value, or all in it, as JSON holds it: plain numbers and lists; None where one is missing or infinite."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shorten(names: Sequence[str], *, most: int = 6, between: str = ", ") -> str:

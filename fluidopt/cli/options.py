@@ -129,7 +129,6 @@ def read_model(
     abandonment_rate: float,
 ) -> FluidModel:
     """The model of a scenario file, or of trace files on that many GPUs."""
-    from dataclasses import replace
 
     stated = scenario_model(inputs, column, gpus, template, classes, abandonment_rate)
     if stated is not None:
@@ -144,9 +143,7 @@ def read_model(
     base = read_scenario(template) if template is not None else reference_model().scenario
     trace = read_trace(inputs, columns=columns_of(column))
     workload = trace.classify(classes, abandonment_rate=abandonment_rate).per_gpu(gpus)
-    return FluidModel.from_scenario(
-        replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
-    )
+    return FluidModel.from_scenario(base.with_workload(workload, gpus=gpus))
 
 
 def scenario_model(

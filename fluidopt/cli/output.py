@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidopt.errors import InvalidInput
+from fluidopt.tables import MISSING, jsonable, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,15 +38,7 @@ def terminal() -> Console:
 def print_json(data: Any) -> None:
     """Print data as JSON, the only thing on standard output; JSON has no NaN and no infinity, so they become null."""
     ascii_only = not (sys.stdout.encoding or "ascii").lower().startswith("utf")
-    print(json.dumps(_without_nan(data), indent=2, ensure_ascii=ascii_only, allow_nan=False))
-
-
-def _without_nan(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    print(json.dumps(jsonable(data), indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def frame_data(frame: pd.DataFrame | pd.Series[Any]) -> Any:
@@ -115,8 +108,6 @@ def print_table(console: Console, title: str, frame: pd.DataFrame, *, first: str
     """Print a frame as a table that fits the console; long labels are shortened."""
     from rich.table import Table
     from rich.text import Text
-
-    from fluidopt.tables import number
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
     table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=LABEL - (WIDTH - console.width))
@@ -205,8 +196,6 @@ def show_result(console: Console, result: SimulationResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fluidopt.tables import MISSING, number
-
     frame = result.to_frame()
     units = {
         "revenue_rate": "revenue rate, money/s per GPU",
@@ -246,8 +235,6 @@ def show_result(console: Console, result: SimulationResult) -> None:
 def _show_percentiles(console: Console, result: SimulationResult) -> None:
     from rich.table import Table
     from rich.text import Text
-
-    from fluidopt.tables import number
 
     frame = result.percentiles()
     if not len(frame):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fluidopt.tables import MISSING, number
+from fluidopt.tables import MISSING, jsonable, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,7 @@ class Table:
     def to_dict(self) -> dict[str, Any]:
         """The whole table as JSON-able data, a record per row; what is missing or has no limit is null."""
         records = [
-            {str(name): plain(value) for name, value in row.items()}
+            {str(name): jsonable(value) for name, value in row.items()}
             for row in self.frame.reset_index().to_dict(orient="records")
         ]
         return {"kind": self.kind, "name": self.name, "caption": self.caption, "note": self.note, "rows": records}
@@ -216,7 +216,7 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """The figure as JSON-able data."""
-        return {"label": self.label, "value": plain(self.value), "unit": self.unit, "sentence": self.sentence}
+        return {"label": self.label, "value": jsonable(self.value), "unit": self.unit, "sentence": self.sentence}
 
 
 def blocks(*found: Block | Sequence[Block] | None) -> tuple[Block, ...]:
@@ -226,13 +226,6 @@ def blocks(*found: Block | Sequence[Block] | None) -> tuple[Block, ...]:
         if each is not None:
             flat += each if isinstance(each, Sequence) else [each]
     return tuple(flat)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON knows it; a number that is missing or infinite is None."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def unmade(why: str) -> tuple[Block, ...]:

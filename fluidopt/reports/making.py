@@ -400,10 +400,7 @@ def _classified(trace: Trace, classes: int | None, abandonment_rate: float) -> C
 
 def _model_of(base: Scenario, classes: Classification, gpus: int | None) -> FluidModel:
     assert gpus is not None
-    workload = classes.workload.per_gpu(gpus)
-    return FluidModel.from_scenario(
-        replace(base, classes=workload.classes, rates="per_gpu", gpus=gpus, source=workload.source)
-    )
+    return FluidModel.from_scenario(base.with_workload(classes.workload.per_gpu(gpus), gpus=gpus))
 
 
 def _resized(model: FluidModel, gpus: int | None) -> FluidModel:

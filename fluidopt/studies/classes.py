@@ -18,7 +18,7 @@ from fluidopt.plan import Plan
 from fluidopt.program import Array
 from fluidopt.scenario import Charging
 from fluidopt.solvers import Certificate, certify
-from fluidopt.tables import text
+from fluidopt.tables import jsonable, text
 from fluidopt.traces.classify import (
     Classification,
     Cut,
@@ -225,10 +225,10 @@ class ClassStudy:
             "served": self.served,
             "statement": self.statement,
             "groupings": [
-                {"by": each.by, "classes": each.classes, **{str(name): _plain(cell) for name, cell in row.items()}}
+                {"by": each.by, "classes": each.classes, **{str(name): jsonable(cell) for name, cell in row.items()}}
                 for each, (_, row) in zip(self.groupings, self.to_frame().iterrows(), strict=True)
             ],
-            "cuts": [{str(name): _plain(cell) for name, cell in row.items()} for _, row in self.cuts.iterrows()],
+            "cuts": [{str(name): jsonable(cell) for name, cell in row.items()} for _, row in self.cuts.iterrows()],
         }
 
     def plot(self) -> Figure:
@@ -511,12 +511,6 @@ def _words(each: Grouping) -> str:
     if each.classes == 1:
         return f"1 class loses {each.loss:.2%} of it"
     return f"{each.classes} classes by {each.by} lose {each.loss:.2%} of it"
-
-
-def _plain(cell: Any) -> Any:
-    """A cell of a table as JSON holds it; None where it is missing."""
-    value = cell.item() if isinstance(cell, np.generic) else cell
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def plot_class_study(study: ClassStudy) -> Figure:

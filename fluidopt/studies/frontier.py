@@ -22,7 +22,7 @@ from fluidopt.solvers.along import NO_PLAN, UNCERTIFIED, Bound, ProgramsAlong
 from fluidopt.studies.frontier_ends import FINE, SAME, Ends, loosens
 from fluidopt.studies.quiet import built_quietly
 from fluidopt.studies.sensitivity.parameters import ModelParameter, checked_model, find_parameters, in_symbols
-from fluidopt.tables import number, shorten, text
+from fluidopt.tables import jsonable, number, shorten, text
 from fluidopt.views import amount_bar, card, html, paragraph, sketch
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ class Frontier:
             "model": self.model.to_dict(),
             "promises": [asdict(each) for each in self.promises],
             "bounds": [np.asarray(self.points[each.name]).tolist() for each in self.promises],
-            "revenue_rate": _plain(self.revenue_rate.ravel()),
-            "shadow_prices": [_plain(np.asarray(self.points[each]).ravel()) for each in _prices(self.promises)],
+            "revenue_rate": jsonable(self.revenue_rate.ravel()),
+            "shadow_prices": [jsonable(np.asarray(self.points[each]).ravel()) for each in _prices(self.promises)],
             "kinks": [asdict(each) for each in self.kinks],
             **{name: getattr(self, name) for name in _PLAIN},
         }
@@ -504,11 +504,6 @@ def _one_piece(curve: _Curve, left: _Spot, right: _Spot, steepest: float) -> boo
     bend = abs(right.price - left.price)
     straight = abs(rise - 0.5 * (left.price + right.price) * (right.at - left.at)) <= SAME * size
     return straight and bend <= (SAME if curve.linear else BEND) * steepest
-
-
-def _plain(values: Array) -> list[float | None]:
-    """Numbers as JSON has them, which knows no NaN."""
-    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _prices(promises: Sequence[Promise]) -> list[str]:

@@ -12,6 +12,7 @@ from scipy import stats
 from fluidopt.program import Array
 from fluidopt.serving.result import Replay
 from fluidopt.simulation.statistics import LEVEL, Estimate
+from fluidopt.tables import jsonable
 
 QUANTILES = (50, 90, 99)
 
@@ -54,7 +55,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON-able data; `from_dict` reads them back."""
-        data: dict[str, Any] = _plain(asdict(self))
+        data: dict[str, Any] = jsonable(asdict(self))
         return data
 
     @classmethod
@@ -126,15 +127,6 @@ def _summary(times: Array) -> tuple[float, ...]:
     if not times.size:
         return (float("nan"),) * (1 + len(QUANTILES))
     return (float(times.mean()), *np.percentile(times, QUANTILES).tolist())
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able: NaN, which JSON has no word for, becomes None."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _number(value: float | None) -> float:

@@ -19,7 +19,7 @@ from fluidopt.service_levels import CompletionFloor, MeanTPOT
 from fluidopt.studies.sizing.fleet import FleetSize, size_fleet
 from fluidopt.studies.sizing.least import Outcome, least_fleet
 from fluidopt.studies.sizing.trace_bound import Promise, TraceBound, price_of, trace_bound
-from fluidopt.tables import number, text
+from fluidopt.tables import jsonable, number, text
 from fluidopt.traces.trace import Trace
 from fluidopt.views import amount_bar, card, figures, html, paragraph, share_bar
 from fluidopt.workload import TokenPrices, Workload, WorkloadClass
@@ -255,11 +255,7 @@ def _named(policy: str) -> str:
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON-able data; a missing number is None."""
 
-    def plain(cell: Any) -> Any:
-        value = cell.item() if isinstance(cell, np.generic) else cell
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return [{str(name): plain(cell) for name, cell in row.items()} for row in frame.to_dict(orient="records")]
+    return [{str(name): jsonable(cell) for name, cell in row.items()} for row in frame.to_dict(orient="records")]
 
 
 def size_trace(
